@@ -1,0 +1,498 @@
+"""What every stage writes: a folder whose `manifest.json`, written last, says that it is complete.
+
+A stage is a list of numbered shards. Each is committed on its own: data under its final name, then a done-marker
+in `_work/`. When all are there the markers are gathered into the manifest and `_work/` is removed. A run that was
+killed at any moment is continued by the same command; only unfinished shards are done again.
+
+    with begin(out, "embed", config, inputs) as work:
+        if work.finished:                      # same config and inputs: nothing to do
+            return work.finished
+        for shard in range(n):
+            if shard not in work.done():
+                ...                            # write files with folder.publish, then commit(folder, shard, …)
+        return work.publish(counts=…)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from iir_dist.config import StageConfig, fingerprint
+from iir_dist.errors import ArtifactError, BusyError, CorruptError, InputError, MismatchError, NotFoundError
+from iir_dist.storage import Folder, LocalFolder, Publication, S3Folder, open_folder, sha256_of
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WORK = "_work/"
+LOGS = (".jsonl",)
+"""Files that tell how a run went; they hold times, so they do not count towards the fingerprint."""
+
+_PACKAGES = ("iir-dist", "ray", "torch", "torchvision", "faiss-gpu", "faiss-cpu", "pyarrow", "numpy", "pillow")
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    model_config = ConfigDict(frozen=True)
+    size: int
+    sha256: str
+
+
+class InputRef(BaseModel):
+    """An input of a stage: where it was, its fingerprint, and whether a manifest vouches for it."""
+
+    model_config = ConfigDict(frozen=True)
+    uri: str
+    fingerprint: str
+    verified: bool = True
+
+
+class Marker(BaseModel):
+    """The done-marker of one shard."""
+
+    model_config = ConfigDict(frozen=True)
+    shard: int
+    files: dict[str, FileEntry]
+    counts: dict[str, int] = {}
+
+
+class Manifest(BaseModel):
+    """What a finished artifact is, what it was made from, and every file in it."""
+
+    model_config = ConfigDict(frozen=True)
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    counts: dict[str, int]
+    info: dict[str, Any] = {}
+    files: dict[str, FileEntry]
+    versions: dict[str, str] = {}
+    git_commit: str | None = None
+    created: str = ""
+
+    def shards(self, prefix: str = "shard-") -> list[str]:
+        """Names of the data shards, in order."""
+        return sorted(name for name in self.files if name.startswith(prefix))
+
+
+def shard_name(number: int, suffix: str = ".parquet", prefix: str = "shard") -> str:
+    """`shard-00003.parquet` for number 3."""
+    return f"{prefix}-{number:05d}{suffix}"
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """The manifest, or None where the folder has none. Raises `CorruptError` if it cannot be read."""
+    try:
+        data = folder.read(MANIFEST)
+    except NotFoundError:
+        return None
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise CorruptError(f"{folder.address(MANIFEST)} is not a manifest of this program: {error}") from error
+
+
+def require(uri: str | Path, *stages: str) -> tuple[Folder, Manifest]:
+    """A finished artifact of one of the named stages.
+
+    Raises:
+        InputError: nothing is there, it is unfinished, or it comes from another stage.
+    """
+    folder = open_folder(uri)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if any(True for _ in folder.list(WORK)):
+            raise InputError(f"{folder.uri} is unfinished; run the command that writes it again, it will go on")
+        raise InputError(f"{folder.uri} has no {MANIFEST}; expected the output of {' or '.join(stages)}")
+    if manifest.stage not in stages:
+        raise InputError(f"{folder.uri} was written by {manifest.stage!r}; expected {' or '.join(stages)}")
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise InputError(
+            f"{folder.uri} has schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}; "
+            "write it again with this version"
+        )
+    return folder, manifest
+
+
+def reference(folder: Folder, manifest: Manifest) -> InputRef:
+    """How a later stage records this artifact as its input."""
+    return InputRef(uri=folder.uri, fingerprint=manifest.fingerprint)
+
+
+def verify(uri: str | Path) -> Manifest:
+    """Recompute size and SHA-256 of every file.
+
+    Raises:
+        CorruptError: naming each file that is missing or differs.
+    """
+    folder = open_folder(uri)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder.uri} has no {MANIFEST}; there is nothing to verify against")
+    bad = []
+    for name, entry in sorted(manifest.files.items()):
+        try:
+            check_file(folder, name, entry)
+        except CorruptError as error:
+            bad.append(str(error))
+    if bad:
+        raise CorruptError("; ".join(bad) + "; write the artifact again with --force")
+    if content_fingerprint(manifest.stage, manifest.files) != manifest.fingerprint:
+        raise CorruptError(f"{folder.address(MANIFEST)} was edited: its fingerprint does not follow from its files")
+    return manifest
+
+
+def check_file(folder: Folder, name: str, entry: FileEntry) -> None:
+    """Raise `CorruptError` unless the file has the size and SHA-256 of its manifest."""
+    try:
+        with folder.local(name) as path:
+            size = path.stat().st_size
+            digest = sha256_of(path) if size == entry.size else ""
+    except NotFoundError:
+        raise CorruptError(f"{folder.address(name)} is missing") from None
+    if size != entry.size:
+        raise CorruptError(f"{folder.address(name)} has {size} bytes, its manifest says {entry.size}")
+    if digest != entry.sha256:
+        raise CorruptError(f"{folder.address(name)} has other content than its manifest says (SHA-256 differs)")
+
+
+def content_fingerprint(stage: str, files: Mapping[str, FileEntry]) -> str:
+    """Fingerprint of an artifact: what its files hold, whoever made them and wherever they lie."""
+    content = {name: entry.sha256 for name, entry in files.items() if not name.endswith(LOGS)}
+    return fingerprint({"stage": stage, "files": content})
+
+
+def entry_of(publication: Publication) -> FileEntry:
+    """The manifest entry of a file that was just published."""
+    return FileEntry(size=publication.size, sha256=publication.sha256)
+
+
+def commit(folder: Folder, shard: int, files: Mapping[str, FileEntry], counts: Mapping[str, int] | None = None) -> None:
+    """Mark a shard as done; its files are already under their final names. Safe to call twice, from any process."""
+    marker = Marker(shard=shard, files=dict(files), counts=dict(counts or {}))
+    folder.write(f"{WORK}done/{shard:05d}.json", marker.model_dump_json().encode())
+
+
+# ------------------------------------------------------------------------------------------------ one run of a stage
+
+
+class Work:
+    """One run of a stage over its output folder; made by `begin`."""
+
+    def __init__(self, folder: Folder, stage: str, config: StageConfig, inputs: Mapping[str, InputRef]) -> None:
+        self.folder = folder
+        self.stage = stage
+        self.config = config
+        self.inputs = dict(inputs)
+        self.finished: Manifest | None = None
+        self.started = time.monotonic()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What decides the output; two runs with the same plan write the same artifact."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "config": self.config.resolved(),
+            "inputs": {name: ref.fingerprint for name, ref in self.inputs.items()},
+        }
+
+    def done(self) -> dict[int, Marker]:
+        """The shards that are committed so far."""
+        markers = (Marker.model_validate_json(self.folder.read(e.name)) for e in self.folder.list(f"{WORK}done/"))
+        return {marker.shard: marker for marker in markers}
+
+    def publish(
+        self,
+        counts: Mapping[str, int],
+        files: Mapping[str, FileEntry] | None = None,
+        info: Mapping[str, Any] | None = None,
+        shards: int | None = None,
+    ) -> Manifest:
+        """Write the manifest: the artifact is complete from here on.
+
+        Args:
+            counts: rows in, out and rejected by reason.
+            files: files that belong to no shard.
+            info: anything else that readers need.
+            shards: how many shards there must be; fewer raises instead of looking complete.
+        """
+        markers = self.done()
+        missing = sorted(set(range(shards or 0)) - set(markers))
+        if missing:
+            raise ArtifactError(f"{self.folder.uri}: {len(missing)} of {shards} shards are missing, first {missing[0]}")
+        entries = {name: entry for marker in markers.values() for name, entry in marker.files.items()} | dict(files or {})
+        manifest = Manifest(
+            stage=self.stage,
+            fingerprint=content_fingerprint(self.stage, entries),
+            config=self.config.model_dump(mode="json"),
+            inputs=self.inputs,
+            counts=dict(counts),
+            info={**(info or {}), "seconds": round(time.monotonic() - self.started, 3)},
+            files=dict(sorted(entries.items())),
+            versions=versions(),
+            git_commit=git_commit(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        if not self.folder.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
+            raise BusyError(f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped")
+        self.folder.delete_all(WORK)
+        return manifest
+
+
+@contextlib.contextmanager
+def begin(
+    out: str | Path, stage: str, config: StageConfig, inputs: Mapping[str, InputRef], *, force: bool = False
+) -> Iterator[Work]:
+    """Take hold of an output folder for one run.
+
+    Inside the block `work.finished` is the manifest if there is nothing to do; else the run continues what an
+    interrupted one with the same plan has committed.
+
+    Raises:
+        MismatchError: the folder holds work of another config or input; the message says which key differs.
+        BusyError: another process is writing there.
+        InputError: the folder holds files that no stage wrote.
+    """
+    folder = open_folder(out)
+    work = Work(folder, stage, config, inputs)
+    if not force and _is_finished(work):
+        yield work
+        return
+    with _lock(folder):
+        if force:
+            _discard(folder)
+        elif _is_finished(work):  # by the process that held the lock before us
+            yield work
+            return
+        _resume_or_start(work)
+        yield work
+
+
+def _is_finished(work: Work) -> bool:
+    manifest = read_manifest(work.folder)
+    if manifest is not None:
+        there = {
+            "schema_version": manifest.schema_version,
+            "stage": manifest.stage,
+            "config": {k: v for k, v in manifest.config.items() if k not in work.config.execution},
+            "inputs": {name: ref.fingerprint for name, ref in manifest.inputs.items()},
+        }
+        _refuse_other_plan(work, there, "holds a finished artifact")
+        work.finished = manifest
+    return manifest is not None
+
+
+def _resume_or_start(work: Work) -> None:
+    try:
+        plan = json.loads(work.folder.read(f"{WORK}plan.json"))
+    except NotFoundError:
+        others = [e.name for e in work.folder.list() if not e.name.startswith((".", WORK))]
+        if others:
+            raise InputError(
+                f"{work.folder.uri} is not empty ({others[0]!r} and {len(others) - 1} more files) and no stage wrote "
+                "it; give an empty or new --out"
+            ) from None
+        work.folder.write(f"{WORK}plan.json", json.dumps(work.plan).encode())
+        return
+    _refuse_other_plan(work, plan, "holds unfinished work")
+    for entry in list(work.folder.list()):
+        if entry.name.rpartition("/")[2].startswith(".") and entry.name.endswith(".tmp"):
+            work.folder.delete(entry.name)  # left by a process that was killed while writing
+
+
+def _refuse_other_plan(work: Work, plan: Mapping[str, Any], what: str) -> None:
+    found = differences(plan, work.plan)
+    if found:
+        raise MismatchError(
+            f"{work.folder.uri} {what} of another run: {'; '.join(found)}; "
+            "give another --out, or --force to replace it"
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Each place where two nested dicts differ, as `embed.size: 224 there, 320 now`.
+
+    >>> differences({"config": {"size": 224}}, {"config": {"size": 320}})
+    ['config.size: 224 there, 320 now']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(set(old) | set(new))
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    if old == new:
+        return []
+    short = [v[:12] if isinstance(v, str) and len(v) == 64 else v for v in (old, new)]
+    return [f"{path}: {short[0]!r} there, {short[1]!r} now"]
+
+
+def _discard(folder: Folder) -> None:
+    """Remove an artifact: manifest first, so that it never looks complete, then only the files that are ours."""
+    manifest = read_manifest(folder)
+    names: set[str] = set(manifest.files) if manifest else set()
+    for entry in list(folder.list(f"{WORK}done/")):
+        names |= set(Marker.model_validate_json(folder.read(entry.name)).files)
+    folder.delete(MANIFEST)
+    for name in sorted(names):
+        folder.delete(name)
+    folder.delete_all(WORK)
+
+
+# ------------------------------------------------------------------------------------------------ one writer at a time
+
+
+def _lock(folder: Folder) -> contextlib.AbstractContextManager[None]:
+    return _local_lock(folder) if isinstance(folder, LocalFolder) else _s3_lease(folder)  # type: ignore[arg-type]
+
+
+def _owner() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
+
+
+def _process_start(pid: int) -> str:
+    """A value that tells a process from a later one with the same number; empty where it is gone or unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _busy(folder: Folder, owner: Mapping[str, Any]) -> BusyError:
+    return BusyError(
+        f"{folder.uri} is being written by process {owner.get('pid')} on {owner.get('host')}; "
+        "wait for it, stop it, or give another --out"
+    )
+
+
+@contextlib.contextmanager
+def _local_lock(folder: LocalFolder) -> Iterator[None]:
+    """A kernel lock on `.lock`: it goes with the process, however that ends."""
+    import fcntl
+
+    path = folder.path / ".lock"
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(descriptor, 4096)
+            os.close(descriptor)
+            raise _busy(folder, json.loads(text or b"{}")) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
+        os.close(descriptor)  # its last owner removed the file between our open and our lock
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(_owner()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+LEASE_SECONDS = 60.0
+"""A lease on S3 that was not renewed for so long belongs to a process that is gone."""
+
+
+@contextlib.contextmanager
+def _s3_lease(folder: S3Folder) -> Iterator[None]:
+    """A lease object, taken and renewed by conditional PUT and aged by the server's clock alone."""
+    name = f"{WORK}lease.json"
+    owner = _owner()
+    body = json.dumps(owner).encode()
+    etag = folder.put_if(name, body, IfNoneMatch="*")
+    if etag is None:
+        try:
+            etag_there, age = folder.age(name)
+            holder = json.loads(folder.read(name))
+        except NotFoundError:
+            raise _busy(folder, {}) from None
+        ours = holder.get("token") == owner["token"]  # the PUT arrived, its answer did not, boto3 tried again
+        same_host = holder.get("host") == owner["host"]
+        gone = ours or same_host and _process_start(int(holder["pid"])) != holder.get("started")
+        if age < LEASE_SECONDS and not gone:
+            raise _busy(folder, holder)
+        etag = folder.put_if(name, body, IfMatch=etag_there)
+        if etag is None:
+            raise _busy(folder, {})
+    stop = threading.Event()
+
+    def renew() -> None:
+        current = etag
+        while not stop.wait(LEASE_SECONDS / 4):
+            # The token changes nothing; writing the same bytes renews LastModified. A lost lease is not
+            # fought for: the manifest is created conditionally, so only one of two writers can finish.
+            with contextlib.suppress(Exception):
+                current = folder.put_if(name, body, IfMatch=current) or current
+
+    thread = threading.Thread(target=renew, daemon=True, name="iir-lease")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(Exception):
+            folder.delete(name)
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results, where installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout this program runs from, `+dirty` where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def combine(refs: Iterable[InputRef]) -> InputRef:
+    """Several inputs in one role (`--queries A B`), order kept."""
+    refs = list(refs)
+    if len(refs) == 1:
+        return refs[0]
+    return InputRef(
+        uri=" ".join(r.uri for r in refs),
+        fingerprint=fingerprint([r.fingerprint for r in refs]),
+        verified=all(r.verified for r in refs),
+    )
