@@ -40,8 +40,8 @@ from iir_dist.storage import Folder, LocalFolder, Publication, S3Folder, open_fo
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WORK = "_work/"
-LOGS = (".jsonl",)
-"""Files that tell how a run went; they hold times, so they do not count towards the fingerprint."""
+LOGS = (".jsonl", ".pt")
+"""Files that tell how a run went (logs, optimizer state); they do not count towards the fingerprint."""
 
 _PACKAGES = ("iir-dist", "ray", "torch", "torchvision", "faiss-gpu", "faiss-cpu", "pyarrow", "numpy", "pillow")
 
@@ -70,6 +70,7 @@ class Marker(BaseModel):
     shard: int
     files: dict[str, FileEntry]
     counts: dict[str, int] = {}
+    info: dict[str, Any] = {}
 
 
 class Manifest(BaseModel):
@@ -185,9 +186,15 @@ def entry_of(publication: Publication) -> FileEntry:
     return FileEntry(size=publication.size, sha256=publication.sha256)
 
 
-def commit(folder: Folder, shard: int, files: Mapping[str, FileEntry], counts: Mapping[str, int] | None = None) -> None:
+def commit(
+    folder: Folder,
+    shard: int,
+    files: Mapping[str, FileEntry],
+    counts: Mapping[str, int] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> None:
     """Mark a shard as done; its files are already under their final names. Safe to call twice, from any process."""
-    marker = Marker(shard=shard, files=dict(files), counts=dict(counts or {}))
+    marker = Marker(shard=shard, files=dict(files), counts=dict(counts or {}), info=dict(info or {}))
     folder.write(f"{WORK}done/{shard:05d}.json", marker.model_dump_json().encode())
 
 

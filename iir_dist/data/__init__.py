@@ -1,0 +1,1 @@
+"""Images, ground truth and where they come from."""

@@ -1,0 +1,1 @@
+"""The sharded IVF-PQ index: plan, build, shards, search."""

@@ -1,0 +1,1 @@
+"""Losses of contrastive pretraining and of AP fine-tuning."""
