@@ -64,10 +64,10 @@ class InputRef(BaseModel):
 
 
 class Marker(BaseModel):
-    """The done-marker of one shard."""
+    """The done-marker of one shard (a number), or of one step that comes once (a word)."""
 
     model_config = ConfigDict(frozen=True)
-    shard: int
+    shard: int | str
     files: dict[str, FileEntry]
     counts: dict[str, int] = {}
     info: dict[str, Any] = {}
@@ -188,14 +188,15 @@ def entry_of(publication: Publication) -> FileEntry:
 
 def commit(
     folder: Folder,
-    shard: int,
+    shard: int | str,
     files: Mapping[str, FileEntry],
     counts: Mapping[str, int] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Mark a shard as done; its files are already under their final names. Safe to call twice, from any process."""
+    """Mark a shard (or step) as done; its files are already under their final names. Safe to call twice, from any process."""
     marker = Marker(shard=shard, files=dict(files), counts=dict(counts or {}), info=dict(info or {}))
-    folder.write(f"{WORK}done/{shard:05d}.json", marker.model_dump_json().encode())
+    name = f"{shard:05d}" if isinstance(shard, int) else shard
+    folder.write(f"{WORK}done/{name}.json", marker.model_dump_json().encode())
 
 
 # ------------------------------------------------------------------------------------------------ one run of a stage
@@ -223,9 +224,16 @@ class Work:
         }
 
     def done(self) -> dict[int, Marker]:
-        """The shards that are committed so far."""
-        markers = (Marker.model_validate_json(self.folder.read(e.name)) for e in self.folder.list(f"{WORK}done/"))
-        return {marker.shard: marker for marker in markers}
+        """The numbered shards that are committed so far."""
+        return {m.shard: m for m in self._markers() if isinstance(m.shard, int)}
+
+    def step(self, name: str) -> Marker | None:
+        """The marker of a step that comes once, or None where it is not done."""
+        return next((m for m in self._markers() if m.shard == name), None)
+
+    def _markers(self) -> list[Marker]:
+        names = [e.name for e in self.folder.list(f"{WORK}done/")]
+        return [Marker.model_validate_json(self.folder.read(name)) for name in names]
 
     def publish(
         self,
@@ -242,11 +250,11 @@ class Work:
             info: anything else that readers need.
             shards: how many shards there must be; fewer raises instead of looking complete.
         """
-        markers = self.done()
-        missing = sorted(set(range(shards or 0)) - set(markers))
+        missing = sorted(set(range(shards or 0)) - set(self.done()))
         if missing:
             raise ArtifactError(f"{self.folder.uri}: {len(missing)} of {shards} shards are missing, first {missing[0]}")
-        entries = {name: entry for marker in markers.values() for name, entry in marker.files.items()} | dict(files or {})
+        entries = {name: entry for marker in self._markers() for name, entry in marker.files.items()}
+        entries.update(files or {})
         manifest = Manifest(
             stage=self.stage,
             fingerprint=content_fingerprint(self.stage, entries),

@@ -1,0 +1,235 @@
+"""The encoder: trunk, pooling, optional projection, optional whitening; every stage gives unit vectors.
+
+On disk it is `weights.safetensors` and `encoder.json`, which holds all that decides a descriptor (input size and
+resize rule, normalization, scales, pooling), so that a result can say what it was made with.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor, nn
+
+from iir_dist import artifact
+from iir_dist.artifact import FileEntry, Manifest
+from iir_dist.config import StageConfig
+from iir_dist.data.images import Resize
+from iir_dist.errors import CorruptError
+from iir_dist.models.backbones import BACKBONES, build_backbone, load_strictly
+from iir_dist.models.pooling import GeM, Pooling, build_pooling
+from iir_dist.storage import Folder
+
+WEIGHTS, SPEC = "weights.safetensors", "encoder.json"
+
+
+class WhiteningSpec(BaseModel):
+    """How the whitening was learnt: output dimension, power, and fingerprints of the vectors and the bare encoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    dim: int
+    power: float
+    learnt_on: str
+    base: str
+
+
+class EncoderConfig(StageConfig):
+    """`[encoder]`: an off-the-shelf encoder, or the start of a training."""
+
+    backbone: str = "efficientnet_lite0"
+    """Name of a trunk; `iir encoder -h` lists them."""
+    weights: str = "imagenet"
+    """"imagenet" (from a package), "random", or a .safetensors/.pth file."""
+    seed: int = 0
+    """Seed of random weights."""
+    pooling: Pooling = "gem"
+    p: float = Field(3.0, gt=0)
+    """GeM's exponent (its start, where it is trained)."""
+    size: int = Field(224, ge=16, le=4096)
+    """px of the long side (resize long) or of both sides (squash)."""
+    resize: Resize = "squash"
+    scales: tuple[float, ...] = (1.0,)
+    """Image scales whose vectors are averaged; the benchmarks' choice is [1, 0.7071, 0.5]."""
+    execution: ClassVar[frozenset[str]] = frozenset()
+
+    @field_validator("scales")
+    @classmethod
+    def _positive(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not scales or not all(0 < s <= 4 for s in scales):
+            raise ValueError("expected one or more scales in (0, 4]")
+        return scales
+
+    @field_validator("backbone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"not a known backbone; known: {', '.join(sorted(BACKBONES))}")
+        return name
+
+
+class EncoderSpec(BaseModel):
+    """`encoder.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    backbone: str
+    weights: str
+    pooling: Pooling
+    p: float
+    projection: int | None = None
+    whitening: WhiteningSpec | None = None
+    size: int
+    resize: Resize
+    resample: str = "bilinear"
+    scales: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dim: int
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) float in [0, 1], RGB -> (B, dim) float32, unit L2 norm."""
+
+    mean: Tensor
+    std: Tensor
+    whiten_mean: Tensor
+    whiten_matrix: Tensor
+
+    def __init__(self, spec: EncoderSpec, trunk: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        width = BACKBONES[spec.backbone].dim
+        self.trunk = trunk if trunk is not None else build_backbone(spec.backbone)
+        self.pool = build_pooling(spec.pooling, spec.p)
+        self.projection = nn.Linear(width, spec.projection) if spec.projection else None
+        # Constants of the input and learnt whitening: not trained, but part of the network.
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        if spec.whitening:
+            source = spec.projection or width
+            self.register_buffer("whiten_mean", torch.zeros(source))
+            self.register_buffer("whiten_matrix", torch.zeros(spec.whitening.dim, source))
+
+    def describe(self, x: Tensor) -> Tensor:
+        """One scale, before whitening: trunk, pooling, L2, projection, L2."""
+        v = F.normalize(self.pool(self.trunk((x - self.mean) / self.std)), dim=-1)
+        if self.projection is not None:
+            v = F.normalize(self.projection(v), dim=-1)
+        return v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All scales combined as (mean of v_s^m)^(1/m), m = GeM's p without a projection, else 1; then whitening.
+
+        The rule is cirtorch's (Radenovic et al., arXiv:1711.02512, section 5).
+        """
+        if self.spec.scales == (1.0,):
+            return self.whiten(self.describe(x))
+        parts = torch.stack([self.describe(_rescale(x, s)) for s in self.spec.scales])
+        if isinstance(self.pool, GeM) and self.projection is None:
+            v = parts.pow(self.pool.p).mean(dim=0).pow(1.0 / self.pool.p)
+        else:
+            v = parts.mean(dim=0)
+        return self.whiten(F.normalize(v, dim=-1))
+
+    def whiten(self, v: Tensor) -> Tensor:
+        """Apply the whitening, if there is one, to unit vectors (B, D)."""
+        if self.spec.whitening is None:
+            return v
+        return F.normalize((v - self.whiten_mean) @ self.whiten_matrix.T, dim=-1)
+
+
+def _rescale(x: Tensor, scale: float) -> Tensor:
+    if scale == 1.0:
+        return x
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False, antialias=scale < 1)
+
+
+def create(config: EncoderConfig) -> Encoder:
+    """A new encoder from a config."""
+    backbone = BACKBONES[config.backbone]
+    trunk = build_backbone(config.backbone, config.weights, config.seed)
+    spec = EncoderSpec(
+        backbone=config.backbone, weights=config.weights, pooling=config.pooling, p=config.p, size=config.size,
+        resize=config.resize, scales=config.scales, mean=backbone.mean, std=backbone.std, dim=backbone.dim,
+    )  # fmt: skip
+    return Encoder(spec, trunk).eval()
+
+
+def project(encoder: Encoder, dim: int, seed: int = 0) -> Encoder:
+    """The encoder with a projection (FC) behind its pooling, which starts by keeping cosines as they are.
+
+    A square one starts as the identity, a smaller one as a random orthonormal projection: what the trunk knows is
+    not thrown away, so that a short training can improve on it.
+    """
+    spec = encoder.spec.model_copy(update={"projection": dim, "dim": dim})
+    projected = Encoder(spec, encoder.trunk)
+    projected.pool = encoder.pool
+    layer = cast(nn.Linear, projected.projection)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        if layer.in_features == dim:
+            nn.init.eye_(layer.weight)
+        else:
+            nn.init.orthogonal_(layer.weight)
+        layer.bias.zero_()
+    return projected.eval()
+
+
+def save(encoder: Encoder, folder: Folder) -> dict[str, FileEntry]:
+    """Write `weights.safetensors` and `encoder.json`; the entries for the manifest."""
+    from safetensors.torch import save_file
+
+    p = float(encoder.pool.p.detach()) if isinstance(encoder.pool, GeM) else encoder.spec.p
+    spec = encoder.spec.model_copy(update={"p": p})
+    with folder.publish(WEIGHTS) as weights:
+        save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, weights.path)
+    with folder.publish(SPEC) as text:
+        text.path.write_text(spec.model_dump_json(indent=2))
+    return {WEIGHTS: artifact.entry_of(weights), SPEC: artifact.entry_of(text)}
+
+
+def read_spec(folder: Folder) -> EncoderSpec:
+    """`encoder.json` alone. Raises `CorruptError`."""
+    try:
+        return EncoderSpec.model_validate_json(folder.read(SPEC))
+    except ValidationError as error:
+        raise CorruptError(f"{folder.address(SPEC)} is not an encoder description: {error}") from error
+
+
+def load(folder: Folder, manifest: Manifest) -> Encoder:
+    """Rebuild the network, bit for bit, after checking its files against the manifest."""
+    from safetensors.torch import load_file
+
+    spec = read_spec(folder)
+    encoder = Encoder(spec)
+    artifact.check_file(folder, SPEC, manifest.files[SPEC])
+    artifact.check_file(folder, WEIGHTS, manifest.files[WEIGHTS])
+    with folder.local(WEIGHTS) as path:
+        load_strictly(encoder, load_file(path), folder.address(WEIGHTS))
+    return encoder.eval()
+
+
+def run(out: str, config: EncoderConfig, *, force: bool = False) -> Manifest:
+    """Write an off-the-shelf encoder artifact."""
+    path = Path(config.weights)
+    inputs = {}
+    if config.weights not in ("random", "imagenet") and path.is_file():
+        inputs["weights"] = artifact.InputRef(uri=str(path), fingerprint=artifact.sha256_of(path))
+    with artifact.begin(out, "encoder", config, inputs, force=force) as work:
+        if work.finished:
+            return work.finished
+        encoder = create(config)
+        return work.publish({"parameters": num_parameters(encoder)}, save(encoder, work.folder), info_of(encoder))
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Number of weights."""
+    return sum(math.prod(p.shape) for p in module.parameters())
+
+
+def info_of(encoder: Encoder) -> dict[str, Any]:
+    """What later stages and reports show of an encoder without loading it."""
+    return {"encoder": encoder.spec.model_dump(mode="json")}
