@@ -1,0 +1,124 @@
+"""The only Ray Train code: start N workers, show their progress, restart them when one dies, bring errors back."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from iir_dist import session
+from iir_dist.errors import IirError, TrainingError
+from iir_dist.progress import Progress
+
+log = logging.getLogger(__name__)
+
+Body = Callable[[dict[str, Any], Callable[[int, str], None]], None]
+"""(arguments, on_step) -> None, run on every worker inside a process group."""
+
+MAX_FAILURES = 3
+
+
+class _Board:
+    """An actor where worker 0 writes how far it is, and any worker an error that no retry can mend."""
+
+    def __init__(self) -> None:
+        self.step, self.note, self.error = 0, "", None
+
+    def put(self, step: int, note: str) -> None:
+        self.step, self.note = step, note
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error  # type: ignore[assignment]
+
+    def get(self) -> tuple[int, str, Exception | None]:
+        return self.step, self.note, self.error
+
+
+def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, workers: int | None) -> None:
+    """Run `body` on `workers` workers (all GPUs, else one, where None) and return when it is done.
+
+    A worker that dies is replaced, together with the others, up to three times; the loop continues from its
+    checkpoint. An `IirError` (a loss that is not finite, say) is raised here at once.
+    """
+    ray = session.connect()
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpus = session.cluster_gpus()
+    workers = workers or gpus or 1
+    cpus = session.cluster_cpus()
+    if workers > (gpus or cpus):
+        raise IirError(
+            f"{what}.workers = {workers}, but the cluster has {cpus} CPUs and {gpus} GPUs; ask for at most {gpus or cpus}"
+        )
+    board = ray.remote(num_cpus=0)(_Board).remote()
+
+    def worker(config: dict[str, Any]) -> None:
+        import torch
+
+        import ray.train as train
+
+        torch.set_num_threads(max(1, cpus // workers) if not gpus else 1)
+        context = train.get_context()
+
+        def on_step(step: int, note: str) -> None:
+            if context.get_world_rank() == 0:
+                board.put.remote(step, note)
+
+        try:
+            body(config, on_step)
+        except IirError as error:
+            ray.get(board.fail.remote(error))
+
+    # State of Ray Train's own; checkpoints are ours and go to the output folder.
+    with tempfile.TemporaryDirectory(prefix="iir-train-") as scratch:
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=arguments,
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": max(1, cpus // workers)},
+            ),
+            run_config=ray.train.RunConfig(
+                name=what,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        _fit(trainer, board, what, steps, ray)
+
+
+def _fit(trainer: Any, board: Any, what: str, steps: int, ray: Any) -> None:
+    failure: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # carried to the caller's thread below
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="iir-fit", daemon=True)
+    seen = 0
+    with Progress(what, steps, "steps") as progress:
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+            step, note, error = ray.get(board.get.remote())
+            progress.advance(max(0, step - seen), note)
+            seen = max(seen, step)
+            if error is not None:
+                thread.join()
+                raise error
+        if failure:
+            raise TrainingError(f"{what} failed {MAX_FAILURES + 1} times, last: {_last_line(failure[0])}") from failure[0]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
