@@ -38,6 +38,8 @@ from iir_dist.errors import ArtifactError, BusyError, CorruptError, InputError, 
 from iir_dist.storage import Folder, LocalFolder, Publication, S3Folder, open_folder, sha256_of
 
 SCHEMA_VERSION = 1
+ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
+"""Stages that write an encoder."""
 MANIFEST = "manifest.json"
 WORK = "_work/"
 LOGS = (".jsonl", ".pt")

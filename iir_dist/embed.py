@@ -101,7 +101,7 @@ class Embedder:
 
         torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder, manifest = artifact.require(encoder_uri, *ENCODERS)
+        folder, manifest = artifact.require(encoder_uri, *artifact.ENCODERS)
         network = encoder.load(folder, manifest).to(self.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dim = network.spec.dim
@@ -129,10 +129,6 @@ class Embedder:
         )  # fmt: skip
 
 
-ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
-"""Stages that write an encoder."""
-
-
 # ------------------------------------------------------------------------------------------------ the stage
 
 
@@ -143,7 +139,7 @@ def run(inputs: str, encoder_uri: str, out: str, config: EmbedConfig, *, force: 
         InputError: the input is neither, or the encoder is none.
         MismatchError: the embeddings are not those that the encoder's whitening belongs to.
     """
-    encoder_folder, encoder = artifact.require(encoder_uri, *ENCODERS)
+    encoder_folder, encoder = artifact.require(encoder_uri, *artifact.ENCODERS)
     manifest = read_manifest(open_folder(inputs))
     if manifest is not None and manifest.stage == "embed":
         return _project(inputs, encoder_folder, encoder, out, config, force)
@@ -158,14 +154,13 @@ def run(inputs: str, encoder_uri: str, out: str, config: EmbedConfig, *, force: 
         if pending:
             rows = sum(marker.counts["in"] for marker in done.values())
             with Progress("embed", manifest.counts["rows"], "images", done=rows) as progress:
-                for table in _vectors(images, manifest, pending, encoder_folder.uri, config):
+                for table in _vectors(images, manifest, pending, encoder_folder.uri, config, progress):
                     _write_shard(work.folder, table, config.dtype)
-                    progress.advance(len(table))
         return _finish(work, encoder, len(shards))
 
 
 def _vectors(
-    images: Folder, manifest: Manifest, pending: list[int], encoder_uri: str, config: EmbedConfig
+    images: Folder, manifest: Manifest, pending: list[int], encoder_uri: str, config: EmbedConfig, progress: Progress
 ) -> Iterator[pa.Table]:
     """Run the pipeline and yield the table of each shard once it is complete."""
     session.connect()
@@ -204,6 +199,7 @@ def _vectors(
     waiting: dict[int, list[pa.Table]] = {}
     try:
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            progress.advance(len(table))
             for shard in np.unique(table.column("shard").to_numpy()):
                 part = table.filter(pa.compute.equal(table.column("shard"), int(shard)))
                 parts = waiting.setdefault(int(shard), [])

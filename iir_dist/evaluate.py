@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from iir_dist import artifact, metrics
-from iir_dist.artifact import InputRef, Manifest, read_manifest, versions
+from iir_dist.artifact import InputRef, Manifest, versions
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.data import groundtruth
-from iir_dist.data.groundtruth import GroundTruth
-from iir_dist.errors import GroundTruthError, InputError
+from iir_dist.data.groundtruth import GroundTruth, Query
+from iir_dist.data.rankings import Rankings, open_rankings
+from iir_dist.errors import GroundTruthError
 from iir_dist.metrics import QueryScore
-from iir_dist.storage import Folder, open_folder
 
 KS = (1, 5, 10)
-RANKING_COLUMNS = ("query", "rank", "name")
+TOP = 20
+"""Images of each list that are kept with their verdict, for reports."""
 
 
 class EvaluateConfig(StageConfig):
@@ -36,77 +37,48 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class Rankings:
-    """All lists, as codes into `names`: query -> codes, best first."""
+class Scored:
+    """One query at one level: its list, positives and ignored images as codes, the positives' ranks, the score."""
 
-    lists: dict[str, np.ndarray[Any, Any]]
-    names: list[str]
-
-
-def read_rankings(folder: Folder, shards: list[str]) -> Rankings:
-    """Read rankings, ours or anybody's, checked: ranks from 0 without holes, no image twice in a list.
-
-    Raises:
-        InputError: they are not.
-    """
-    tables = []
-    for shard in shards:
-        with folder.open(shard) as file:
-            parquet = pq.ParquetFile(file)
-            missing = [c for c in RANKING_COLUMNS if c not in parquet.schema_arrow.names]
-            if missing:
-                raise InputError(f"{folder.address(shard)} has no column {', '.join(missing)}; rankings have {RANKING_COLUMNS}")
-            tables.append(parquet.read(columns=list(RANKING_COLUMNS)))
-    table = pa.concat_tables(tables)
-    dictionary = pc.dictionary_encode(table.column("name").combine_chunks())
-    queries = pc.dictionary_encode(table.column("query").combine_chunks())
-    codes, ranks = dictionary.indices.to_numpy(), table.column("rank").to_numpy()
-    order = np.lexsort((ranks, queries.indices.to_numpy()))
-    bounds = np.searchsorted(queries.indices.to_numpy()[order], np.arange(len(queries.dictionary) + 1))
-    lists = {}
-    for number, query in enumerate(queries.dictionary.to_pylist()):
-        rows = order[bounds[number] : bounds[number + 1]]
-        if not np.array_equal(ranks[rows], np.arange(len(rows))):
-            raise InputError(f"{folder.uri}: ranks of query {query!r} are not 0, 1, 2, …; expected each once")
-        lists[query] = codes[rows]
-        if len(np.unique(lists[query])) != len(rows):
-            raise InputError(f"{folder.uri}: the list of query {query!r} names an image twice; expected each once")
-    return Rankings(lists, dictionary.dictionary.to_pylist())
+    ranked: np.ndarray[Any, Any]
+    positive: np.ndarray[Any, Any]
+    ignored: np.ndarray[Any, Any]
+    ranks: np.ndarray[Any, Any]
+    score: QueryScore
 
 
-def score(rankings: Rankings, truth: GroundTruth) -> dict[str, list[QueryScore]]:
+def score(rankings: Rankings, truth: GroundTruth) -> dict[str, list[Scored]]:
     """Score every query at every level of the protocol.
 
     Raises:
         GroundTruthError: a query has no list, or a list holds what the protocol keeps out of the database.
     """
-    queries = _lists_of(rankings, truth)
+    lists = _lists_of(rankings, truth)
     codes = {name: code for code, name in enumerate(rankings.names)}
-    found = groundtruth.match(truth.images() | {q.image for q in truth.queries}, rankings.names)
+    found = groundtruth.match(truth.images(), rankings.names)
     if truth.protocol == "revisited":
-        inside = [q.image for q in truth.queries if q.image not in (truth.database or ()) and q.image in found]
+        inside = sorted({q.image for q in truth.queries if q.image in found} - set(truth.database or ()))
         if inside:
             raise GroundTruthError(
                 f"the rankings list {len(inside)} query images (first {inside[0]!r}), which the revisited protocol keeps "
                 "out of the database; ingest with this ground truth (iir ingest --groundtruth), then embed and search again"
             )
+    # A labelled image that is in no list gets a number of its own, so that it counts as a positive never found.
+    numbers = {n: codes[found[n]] if n in found else -1 - i for i, n in enumerate(sorted(truth.images()))}
 
-    def numbers(query: groundtruth.Query, labels: tuple[str, ...]) -> np.ndarray[Any, Any]:
-        names = [name for label in labels for name in query.labels[label]]
-        # A labelled image that is in no list keeps a number of its own: it counts as a positive never found.
-        return np.unique([codes[found[n]] if n in found else -1 - hash_code(n) for n in names]).astype(np.int64)
-
-    unknown: dict[str, int] = {}
-
-    def hash_code(name: str) -> int:
-        return unknown.setdefault(name, len(unknown))
+    def scored(query: Query, ranked: np.ndarray[Any, Any], level: tuple[tuple[str, ...], tuple[str, ...]]) -> Scored:
+        positive, ignored = (
+            np.unique(np.array([numbers[n] for label in labels for n in query.labels[label]], dtype=np.int64))
+            for labels in level
+        )
+        return Scored(
+            ranked, positive, ignored, metrics.positive_ranks(ranked, positive, ignored),
+            metrics.score_query(ranked, positive, ignored, KS),
+        )  # fmt: skip
 
     return {
-        level: [
-            metrics.score_query(ranked, numbers(q, positive), numbers(q, ignored), KS)
-            for q, ranked in zip(truth.queries, queries, strict=True)
-        ]
-        for level, (positive, ignored) in truth.levels().items()
+        name: [scored(q, ranked, level) for q, ranked in zip(truth.queries, lists, strict=True)]
+        for name, level in truth.levels().items()
     }
 
 
@@ -135,19 +107,7 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
     Raises:
         GroundTruthError: the two do not fit, or the protocol is another one than asked for.
     """
-    folder = open_folder(rankings_uri)
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        artifact.require(rankings_uri, "search")
-        shards, ref = manifest.shards(), artifact.reference(folder, manifest)
-        for shard in shards:
-            artifact.check_file(folder, shard, manifest.files[shard])
-    else:
-        shards = [e.name for e in folder.list() if e.name.endswith(".parquet")]
-        if not shards:
-            artifact.require(rankings_uri, "search")
-        entries = [[e.name, e.size, e.version] for e in folder.list()]
-        ref = InputRef(uri=folder.uri, fingerprint=fingerprint(entries), verified=False)
+    rankings, manifest, ref = open_rankings(rankings_uri)
     truth = groundtruth.read(truth_uri)
     if config.protocol is not None and config.protocol != truth.protocol:
         raise GroundTruthError(f"--protocol {config.protocol}: {truth_uri} is a ground truth of the {truth.protocol} protocol")
@@ -155,17 +115,23 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
     with artifact.begin(out, "evaluate", config, {"rankings": ref, "groundtruth": truth_ref}, force=force) as work:
         if work.finished:
             return work.finished
-        rankings = read_rankings(folder, shards)
         scores = score(rankings, truth)
         result = {
             "protocol": _protocol(truth, rankings, manifest),
-            "metrics": {level: metrics.summarize(s, KS, seed=config.seed) for level, s in scores.items()},
+            "metrics": {level: metrics.summarize([x.score for x in s], KS, seed=config.seed) for level, s in scores.items()},
+            "curves": {level: _curve(s) for level, s in scores.items()},
         }
-        files = {
-            "metrics.json": _publish_json(work.folder, result),
-            "per_query.parquet": _publish_queries(work.folder, truth, scores),
-        }
-        return work.publish({"queries": len(truth.queries)}, files, result)
+        with work.folder.publish("metrics.json") as metrics_file:
+            metrics_file.path.write_text(json.dumps(result, indent=2))
+        with work.folder.publish("per_query.parquet") as queries_file:
+            pq.write_table(_per_query(truth, scores), queries_file.path)
+        with work.folder.publish("top.parquet") as top_file:
+            pq.write_table(_top(truth, rankings, scores), top_file.path)
+        published = {
+            "metrics.json": metrics_file, "per_query.parquet": queries_file, "top.parquet": top_file
+        }  # fmt: skip
+        files = {name: artifact.entry_of(file) for name, file in published.items()}
+        return work.publish({"queries": len(truth.queries)}, files, {k: result[k] for k in ("protocol", "metrics")})
 
 
 def _protocol(truth: GroundTruth, rankings: Rankings, manifest: Manifest | None) -> dict[str, Any]:
@@ -190,21 +156,35 @@ def _protocol(truth: GroundTruth, rankings: Rankings, manifest: Manifest | None)
     }
 
 
-def _publish_json(folder: Folder, value: dict[str, Any]) -> artifact.FileEntry:
-    with folder.publish("metrics.json") as file:
-        file.path.write_text(json.dumps(value, indent=2))
-    return artifact.entry_of(file)
+def _curve(scored: Sequence[Scored]) -> list[float]:
+    """Mean over queries of the interpolated precision at recall 0, 0.05, …, 1."""
+    curves = [metrics.precision_at_recall(s.ranks, s.score.num_positive) for s in scored if s.score.num_positive]
+    return np.mean(curves, axis=0).round(6).tolist() if curves else []
 
 
-def _publish_queries(folder: Folder, truth: GroundTruth, scores: dict[str, list[QueryScore]]) -> artifact.FileEntry:
-    rows = [
-        {
-            "query": query.name, "level": level, "ap": s.ap if s.num_positive else None, "num_positive": s.num_positive,
-            "num_found": s.num_found, **{f"p@{k}": p if s.num_positive else None for k, p in zip(KS, s.precision, strict=True)},
-        }
-        for level, column in scores.items()
-        for query, s in zip(truth.queries, column, strict=True)
-    ]  # fmt: skip
-    with folder.publish("per_query.parquet") as file:
-        pq.write_table(pa.Table.from_pylist(rows), file.path)
-    return artifact.entry_of(file)
+def _per_query(truth: GroundTruth, scores: Mapping[str, Sequence[Scored]]) -> pa.Table:
+    rows = []
+    for level, column in scores.items():
+        for query, scored in zip(truth.queries, column, strict=True):
+            s, counted = scored.score, scored.score.num_positive > 0
+            precision = {f"p@{k}": p if counted else None for k, p in zip(KS, s.precision, strict=True)}
+            rows.append(
+                {
+                    "query": query.name, "level": level, "ap": s.ap if counted else None,
+                    "num_positive": s.num_positive, "num_found": s.num_found, **precision,
+                }
+            )  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def _top(truth: GroundTruth, rankings: Rankings, scores: Mapping[str, Sequence[Scored]]) -> pa.Table:
+    """The first images of each list with a verdict, at the level that has most positives; for reports."""
+    level = max(scores, key=lambda name: sum(s.score.num_positive for s in scores[name]))
+    rows = []
+    for query, scored in zip(truth.queries, scores[level], strict=True):
+        for rank, code in enumerate(scored.ranked[:TOP]):
+            verdict = "ignored" if code in scored.ignored else "right" if code in scored.positive else "wrong"
+            rows.append(
+                {"query": query.name, "level": level, "rank": rank, "name": rankings.names[code], "verdict": verdict}
+            )
+    return pa.Table.from_pylist(rows)

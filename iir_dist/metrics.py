@@ -83,6 +83,19 @@ def precision_at(ranks: Ints, k: int) -> float:
     return float((ranks < depth).sum() / depth)
 
 
+def precision_at_recall(ranks: Ints, num_positive: int, points: int = 21) -> Floats:
+    """Interpolated precision at recall 0, ..., 1: the best precision at that recall or beyond; for plots.
+
+    >>> precision_at_recall(np.array([0, 2]), 2, points=3)
+    array([1.        , 1.        , 0.66666667])
+    """
+    found = np.arange(1, len(ranks) + 1)
+    precision = np.maximum.accumulate((found / (ranks + 1))[::-1])[::-1]
+    needed = np.ceil(np.linspace(0, 1, points) * num_positive - 1e-9).astype(np.int64)
+    index = np.maximum(needed, 1) - 1
+    return np.where(index < len(ranks), np.append(precision, 0.0)[np.minimum(index, len(ranks))], 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class QueryScore:
     """AP and P@k of one query; `num_positive` 0 means that the query is skipped (ap is NaN)."""

@@ -13,7 +13,6 @@ from iir_dist import artifact
 from iir_dist.artifact import Manifest
 from iir_dist.config import StageConfig
 from iir_dist.data.embeddings import Embeddings, open_embeddings
-from iir_dist.embed import ENCODERS
 from iir_dist.errors import InputError, MismatchError
 from iir_dist.vectors import F32, normalize
 
@@ -25,7 +24,7 @@ class WhitenConfig(StageConfig):
 
     dim: int = Field(256, ge=1)
     """Dimensions kept, the ones of largest variance."""
-    power: float = Field(0.5, ge=0, le=0.5)
+    power: float = Field(0.25, ge=0, le=0.5)
     """Each direction is divided by variance^power: 0.5 whitens fully, 0.25 half-way (less noise from few images)."""
     execution: ClassVar[frozenset[str]] = frozenset()
 
@@ -85,7 +84,7 @@ def run(embeddings: str, encoder_uri: str, out: str, config: WhitenConfig, *, fo
     from iir_dist.models import encoder as models
 
     source = open_embeddings(embeddings)
-    folder, manifest = artifact.require(encoder_uri, *ENCODERS)
+    folder, manifest = artifact.require(encoder_uri, *artifact.ENCODERS)
     if source.encoder != manifest.fingerprint:
         raise MismatchError(
             f"{embeddings} was made by encoder {str(source.encoder)[:12]}, {encoder_uri} is {manifest.fingerprint[:12]}; "

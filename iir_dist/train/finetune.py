@@ -14,7 +14,6 @@ from iir_dist.config import StageConfig
 from iir_dist.data.augment import mild, seed_of
 from iir_dist.data.cache import Photos
 from iir_dist.data.sampling import ClassSampler
-from iir_dist.embed import ENCODERS
 from iir_dist.errors import ConfigError
 from iir_dist.losses.average_precision import QuantizedAP
 from iir_dist.models.encoder import Encoder, load, project
@@ -87,7 +86,7 @@ class FinetuneTask:
 
 
 def _start(init: str, config: FinetuneConfig) -> Encoder:
-    encoder = load(*artifact.require(init, *ENCODERS))
+    encoder = load(*artifact.require(init, *artifact.ENCODERS))
     return encoder if config.projection is None else project(encoder, config.projection, config.seed)
 
 
@@ -107,7 +106,7 @@ def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force
         InputError: the images have too few classes.
     """
     sources = [artifact.require(uri, "ingest") for uri in images]
-    init_folder, init_manifest = artifact.require(init, *ENCODERS)
+    init_folder, init_manifest = artifact.require(init, *artifact.ENCODERS)
     if init_manifest.info["encoder"]["whitening"] is not None:
         raise ConfigError(f"{init} is whitened; fine-tune the encoder that it was made from, then learn whitening again")
     refs = {
