@@ -213,6 +213,7 @@ def run(database: list[str], queries: list[str], out: str, config: SearchConfig,
         info = {
             "exact": index_manifest is None or index_manifest.stage != "index", "depth": depth, "database_rows": num_rows,
             "encoder_fingerprint": encoder, "dim": dim,
+            "encoder": sources[0].manifest.info["encoder"] if sources[0].manifest else None,
         }  # fmt: skip
         counts = {key: sum(m.counts[key] for m in markers.values()) for key in ("queries", "rows")}
         return work.publish(counts, info=info, shards=len(starts))
