@@ -270,7 +270,9 @@ class Work:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         if not self.folder.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
-            raise BusyError(f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped")
+            raise BusyError(
+                f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
+            )
         self.folder.delete_all(WORK)
         return manifest
 
@@ -340,8 +342,7 @@ def _refuse_other_plan(work: Work, plan: Mapping[str, Any], what: str) -> None:
     found = differences(plan, work.plan)
     if found:
         raise MismatchError(
-            f"{work.folder.uri} {what} of another run: {'; '.join(found)}; "
-            "give another --out, or --force to replace it"
+            f"{work.folder.uri} {what} of another run: {'; '.join(found)}; give another --out, or --force to replace it"
         )
 
 
@@ -380,7 +381,12 @@ def _lock(folder: Folder) -> contextlib.AbstractContextManager[None]:
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
 
 
 def _process_start(pid: int) -> str:
@@ -445,7 +451,7 @@ def _s3_lease(folder: S3Folder) -> Iterator[None]:
             raise _busy(folder, {}) from None
         ours = holder.get("token") == owner["token"]  # the PUT arrived, its answer did not, boto3 tried again
         same_host = holder.get("host") == owner["host"]
-        gone = ours or same_host and _process_start(int(holder["pid"])) != holder.get("started")
+        gone = ours or (same_host and _process_start(int(holder["pid"])) != holder.get("started"))
         if age < LEASE_SECONDS and not gone:
             raise _busy(folder, holder)
         etag = folder.put_if(name, body, IfMatch=etag_there)

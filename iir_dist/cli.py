@@ -83,7 +83,7 @@ def stage(name: str, config: str) -> Callable[[F], click.Command]:
             click.option("--config", "config_file", metavar="FILE.toml", help=f"Read the table [{name}] of a file."),
         ):
             call = option(call)
-        command: Stage = main.command(name, cls=Stage)(call)  # type: ignore[arg-type,assignment]
+        command: Stage = main.command(name, cls=Stage)(call)  # type: ignore[assignment]
         command.config = config
         return command
 
@@ -111,7 +111,9 @@ out = click.option("--out", required=True, metavar="DIR", help="Output folder or
 @out
 @click.option("--groundtruth", metavar="PATH", help="gnd_*.pkl, a JSON of that structure, or a folder of *_query.txt.")
 @click.option("--split", type=click.Choice(["db", "train", "distractor"]), help="Split of the rows.")
-def ingest(config: Any, sources: tuple[str, ...], out: str, groundtruth: str | None, split: str | None, force: bool) -> None:
+def ingest(
+    config: Any, sources: tuple[str, ...], out: str, groundtruth: str | None, split: str | None, force: bool
+) -> None:
     """Pack raw photos (folders, .tar, .zip; local or s3://) into images/."""
     from iir_dist.ingest import run
 
@@ -119,7 +121,9 @@ def ingest(config: Any, sources: tuple[str, ...], out: str, groundtruth: str | N
     manifest = run(list(sources), out, config, groundtruth_uri=groundtruth, force=force)
     _done(out, manifest, "in", "out", "rejected", "rows", "queries")
     if manifest.counts["rejected"]:
-        click.echo(f"{manifest.counts['rejected']} images were rejected; see {out.rstrip('/')}/rejected.parquet", err=True)
+        click.echo(
+            f"{manifest.counts['rejected']} images were rejected; see {out.rstrip('/')}/rejected.parquet", err=True
+        )
 
 
 @stage("encoder", "iir_dist.models.encoder:EncoderConfig")
@@ -190,7 +194,9 @@ def index(config: Any, embeddings: tuple[str, ...], out: str, force: bool) -> No
 @click.option("--queries", required=True, multiple=True, metavar="EMBEDDINGS", help="Repeatable.")
 @click.option("-k", type=click.IntRange(min=1), help="List depth; all for exact search, 1000 for an index.")
 @out
-def search(config: Any, database: tuple[str, ...], queries: tuple[str, ...], k: int | None, out: str, force: bool) -> None:
+def search(
+    config: Any, database: tuple[str, ...], queries: tuple[str, ...], k: int | None, out: str, force: bool
+) -> None:
     """Rank an index, or embeddings/ exactly, for every query."""
     from iir_dist.index.search import run
 
@@ -247,10 +253,9 @@ def demo(config: Any, data: str | None, out: str, force: bool) -> None:
     rows, page = run(out, config, data=data, force=force)
     click.echo(f"\n{'run':<30} {'level':<8} {'mAP':>6} {'mP@10':>6}  {'database':>8}  search")
     for row in rows:
-        values = row["values"]
-        click.echo(
-            f"{row['label']:<30} {row['level']:<8} {values['mAP']:>6.3f} {values['mP@10']:>6.3f}  {row['database']:>8}  {row['search']}"
-        )
+        score = row["scores"]
+        figures = f"{score['mAP']:>6.3f} {score['mP@10']:>6.3f}  {row['database']:>8}"
+        click.echo(f"{row['label']:<30} {row['level']:<8} {figures}  {row['search']}")
     click.echo(f"\nreport: {page}")
 
 

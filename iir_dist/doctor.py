@@ -68,7 +68,9 @@ def _gpus() -> Finding:
     except ImportError:
         return Finding("GPUs", "unknown, torch is not installed")
     if not count and shutil.which("nvidia-smi"):
-        return Finding("GPUs", "none for torch", "nvidia-smi is there but torch sees no device; check driver and CUDA build")
+        return Finding(
+            "GPUs", "none for torch", "nvidia-smi is there but torch sees no device; check driver and CUDA build"
+        )
     return Finding("GPUs", names or "none (CPU is used)")
 
 

@@ -103,7 +103,7 @@ class Embedder:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         folder, manifest = artifact.require(encoder_uri, *artifact.ENCODERS)
         network = encoder.load(folder, manifest).to(self.device)
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last)
         self.dim = network.spec.dim
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -110,15 +110,21 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
     rankings, manifest, ref = open_rankings(rankings_uri)
     truth = groundtruth.read(truth_uri)
     if config.protocol is not None and config.protocol != truth.protocol:
-        raise GroundTruthError(f"--protocol {config.protocol}: {truth_uri} is a ground truth of the {truth.protocol} protocol")
-    truth_ref = InputRef(uri=str(Path(truth_uri)) if "://" not in truth_uri else truth_uri, fingerprint=fingerprint(truth.to_json()))
+        raise GroundTruthError(
+            f"--protocol {config.protocol}: {truth_uri} is a ground truth of the {truth.protocol} protocol"
+        )
+    truth_ref = InputRef(
+        uri=str(Path(truth_uri)) if "://" not in truth_uri else truth_uri, fingerprint=fingerprint(truth.to_json())
+    )
     with artifact.begin(out, "evaluate", config, {"rankings": ref, "groundtruth": truth_ref}, force=force) as work:
         if work.finished:
             return work.finished
         scores = score(rankings, truth)
         result = {
             "protocol": _protocol(truth, rankings, manifest),
-            "metrics": {level: metrics.summarize([x.score for x in s], KS, seed=config.seed) for level, s in scores.items()},
+            "metrics": {
+                level: metrics.summarize([x.score for x in s], KS, seed=config.seed) for level, s in scores.items()
+            },
             "curves": {level: _curve(s) for level, s in scores.items()},
         }
         with work.folder.publish("metrics.json") as metrics_file:
@@ -141,7 +147,8 @@ def _protocol(truth: GroundTruth, rankings: Rankings, manifest: Manifest | None)
     return {
         "name": truth.protocol,
         "levels": {
-            level: {"positive": list(positive), "ignored": list(ignored)} for level, (positive, ignored) in truth.levels().items()
+            level: {"positive": list(positive), "ignored": list(ignored)}
+            for level, (positive, ignored) in truth.levels().items()
         },
         "average_precision": "trapezoids, ignored images removed before ranks are counted",
         "query_crop": "to the ground truth's box" if any(q.box for q in truth.queries) else "none",

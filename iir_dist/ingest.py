@@ -124,7 +124,9 @@ def plan(listing: Listing, config: IngestConfig, truth: GroundTruth | None = Non
     return Plan(tuple(_cut(rows, config.shard_mb * 2**20)), tuple(rejected), len(listing.members), queries)
 
 
-def _queries(truth: GroundTruth, usable: Mapping[str, Member], config: IngestConfig) -> tuple[tuple[Query, ...], set[str]]:
+def _queries(
+    truth: GroundTruth, usable: Mapping[str, Member], config: IngestConfig
+) -> tuple[tuple[Query, ...], set[str]]:
     found = groundtruth.match(truth.images(), usable)
     missing = sorted(truth.images() - set(found))
     missing_queries = [q.image for q in truth.queries if q.image not in found]
@@ -135,7 +137,9 @@ def _queries(truth: GroundTruth, usable: Mapping[str, Member], config: IngestCon
             "never found"
         )
     if missing_queries:
-        raise GroundTruthError(f"{len(missing_queries)} query images are not in the source, first {missing_queries[0]!r}")
+        raise GroundTruthError(
+            f"{len(missing_queries)} query images are not in the source, first {missing_queries[0]!r}"
+        )
     queries = tuple(Query(q.name, found[q.image], q.box, q.labels) for q in truth.queries)
     labelled = {found.get(name, name) for q in truth.queries for names in q.labels.values() for name in names}
     return queries, {q.image for q in queries} - labelled
@@ -170,7 +174,16 @@ def check(rows: Sequence[Row], max_megapixels: float) -> tuple[pa.Table, list[Re
         except ImageError as error:
             rejected.append(Rejected(row.name, _where(row.member), error.reason, error.detail))
             continue
-        values = (row.name, label_of(row.name), row.split, row.box, image.width, image.height, sha256(data).hexdigest(), data)
+        values = (
+            row.name,
+            label_of(row.name),
+            row.split,
+            row.box,
+            image.width,
+            image.height,
+            sha256(data).hexdigest(),
+            data,
+        )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     schema = pa.schema([field for field in SCHEMA if field.name != "id"])
@@ -217,7 +230,12 @@ def run(
         if work.finished:
             return work.finished
         todo = plan(listing, config, truth)
-        log.info("ingest: %d images in %d shards, listed in %.1f s", todo.num_images, len(todo.shards), time.monotonic() - started)
+        log.info(
+            "ingest: %d images in %d shards, listed in %.1f s",
+            todo.num_images,
+            len(todo.shards),
+            time.monotonic() - started,
+        )
         _execute(work.folder, todo, config, work.done())
         return _finish(work, todo, listing, truth)
 
@@ -268,7 +286,9 @@ def _finish(work: artifact.Work, todo: Plan, listing: Listing, truth: GroundTrut
     num_rows = sum(marker.counts["rows"] for marker in markers.values())
     if not num_rows:
         first = next(iter(rejected.values()))
-        raise InputError(f"none of {todo.num_images} images can be used; the first, {first.source}: {first.reason}, {first.detail}")
+        raise InputError(
+            f"none of {todo.num_images} images can be used; the first, {first.source}: {first.reason}, {first.detail}"
+        )
     for row in (row for shard in todo.shards for row in shard if row.split == "query"):
         bad = rejected.get(_where(row.member))
         if bad is not None:

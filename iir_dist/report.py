@@ -90,7 +90,9 @@ class Thumbnails:
         return found
 
 
-def run(metrics: Sequence[str], images: Sequence[str], out: str, config: ReportConfig, *, force: bool = False) -> Manifest:
+def run(
+    metrics: Sequence[str], images: Sequence[str], out: str, config: ReportConfig, *, force: bool = False
+) -> Manifest:
     """Write `index.html` for one or more evaluations.
 
     Args:
@@ -147,14 +149,14 @@ def table_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "label": evaluation.label, "level": level, "interval": m["map_interval"],
-                        "values": {name: m[key] for key, name in COLUMNS.items()}, "num_queries": m["num_queries"],
+                        "scores": {name: m[key] for key, name in COLUMNS.items()}, "num_queries": m["num_queries"],
                         "database": protocol["database_rows"] or "unknown", "search": search,
                     }
                 )  # fmt: skip
     for row in rows:
         rivals = [r for r in rows if (r["level"], r["database"]) == (row["level"], row["database"])]
         row["best"] = {
-            c: len(rivals) > 1 and row["values"][c] == max(r["values"][c] for r in rivals) for c in COLUMNS.values()
+            c: len(rivals) > 1 and row["scores"][c] == max(r["scores"][c] for r in rivals) for c in COLUMNS.values()
         }
     return rows
 

@@ -453,4 +453,3 @@ def _s3_errors(folder: S3Folder, name: str) -> Iterator[None]:
             f"{where} (bucket {folder.bucket!r}): the store cannot be reached ({type(error).__name__}); "
             "check the network, AWS_ENDPOINT_URL and AWS_REGION"
         ) from error
-

@@ -19,7 +19,7 @@ def normalize(x: npt.NDArray[Any], eps: float = 1e-12) -> F32:
     """Rows of `x` (n, d) at unit L2 norm, float32; a zero row stays zero."""
     x = np.asarray(x, dtype=np.float32)
     norms = np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True)
-    return (x / np.maximum(norms, eps)).astype(np.float32)
+    return np.asarray(x / np.maximum(norms, eps), dtype=np.float32)
 
 
 def top_k(scores: F32, ids: I64, k: int, *, larger_is_better: bool) -> tuple[F32, I64]:
@@ -46,7 +46,8 @@ def top_k(scores: F32, ids: I64, k: int, *, larger_is_better: bool) -> tuple[F32
         kth = np.partition(key, k - 1, axis=1)[:, k - 1 : k] if k else key[:, :0]
         width = int((key <= kth).sum(axis=1).max()) if k else 0
         keep = np.argpartition(key, max(width - 1, 0), axis=1)[:, :width]
-        key, ids, scores = (np.take_along_axis(a, keep, axis=1) for a in (key, ids, scores))
+        key = np.take_along_axis(key, keep, axis=1)
+        ids, scores = np.take_along_axis(ids, keep, axis=1), np.take_along_axis(scores, keep, axis=1)
     order = np.lexsort((ids, key), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 

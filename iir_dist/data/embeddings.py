@@ -137,7 +137,9 @@ def _check_ids(found: Embeddings) -> None:
     ids = np.concatenate([b.ids for b in blocks])
     has_ids = _has_column(found, "id")
     if has_ids and len(np.unique(ids)) != len(ids):
-        raise InputError(f"{found.folder.uri} has {len(ids) - len(np.unique(ids))} duplicate ids; expected each id once")
+        raise InputError(
+            f"{found.folder.uri} has {len(ids) - len(np.unique(ids))} duplicate ids; expected each id once"
+        )
     if not has_ids and len(blocks) > 1:
         raise InputError(f"{found.folder.uri} has no `id` column in its {len(blocks)} files; add one, unique over all")
 

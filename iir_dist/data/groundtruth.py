@@ -128,14 +128,9 @@ def match(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
 class _PlainUnpickler(pickle.Unpickler):
     """Admits containers, strings, numbers and NumPy arrays."""
 
-    _admitted = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._admitted:
-            return self._admitted[module, name]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return np.ndarray if name == "ndarray" else np.dtype
         if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             if name == "_reconstruct":
                 return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
@@ -143,7 +138,9 @@ class _PlainUnpickler(pickle.Unpickler):
                 return _plain_scalar
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
             return _latin1
-        raise GroundTruthError(f"it holds {module}.{name}, and only lists, dicts, strings, numbers and arrays are admitted")
+        raise GroundTruthError(
+            f"it holds {module}.{name}, and only lists, dicts, strings, numbers and arrays are admitted"
+        )
 
 
 def _plain_scalar(dtype: np.dtype[Any], data: bytes) -> Any:
@@ -180,13 +177,15 @@ def _from_lists(value: Any, where: str) -> GroundTruth:
     if any(not isinstance(g, Mapping) for g in gnd):
         raise GroundTruthError(f"{where}: each entry of gnd must be a dict with bbx, easy, hard and junk")
     if not any("easy" in g for g in gnd):
-        raise GroundTruthError(f"{where}: gnd has no 'easy' lists; only the revisited structure is read from such a file")
+        raise GroundTruthError(
+            f"{where}: gnd has no 'easy' lists; only the revisited structure is read from such a file"
+        )
     queries = []
     for name, entry in zip(qimlist, gnd, strict=True):
         labels = {}
         for label in ("easy", "hard", "junk"):
             positions = np.asarray(entry.get(label, []), dtype=np.int64).ravel()
-            if len(positions) and not (0 <= positions.min() and positions.max() < len(imlist)):
+            if len(positions) and not (positions.min() >= 0 and positions.max() < len(imlist)):
                 raise GroundTruthError(f"{where}: {label} of query {name} points outside imlist ({len(imlist)} names)")
             labels[label] = tuple(imlist[i] for i in np.unique(positions))
         queries.append(Query(name, name, _box(entry.get("bbx"), f"{where}: query {name}"), labels))
@@ -225,7 +224,9 @@ def _from_text_files(folder: Folder) -> GroundTruth:
         name = entry.name.removesuffix("_query.txt")
         words = folder.read(entry.name).decode().split()
         if len(words) != 5:
-            raise GroundTruthError(f"{folder.address(entry.name)}: expected an image name and four numbers, got {words}")
+            raise GroundTruthError(
+                f"{folder.address(entry.name)}: expected an image name and four numbers, got {words}"
+            )
         labels = {}
         for label in ("good", "ok", "junk"):
             lines = folder.read(f"{name}_{label}.txt").decode().split()
@@ -247,5 +248,7 @@ def _box(value: Sequence[Any] | None, where: str) -> tuple[float, float, float, 
     except (TypeError, ValueError) as error:
         raise GroundTruthError(f"{where}: a box is x1 y1 x2 y2 in px, got {value!r}") from error
     if not (x1 < x2 and y1 < y2):
-        raise GroundTruthError(f"{where}: box {value!r} is empty; expected x1 < x2 and y1 < y2 (corners, not width, height)")
+        raise GroundTruthError(
+            f"{where}: box {value!r} is empty; expected x1 < x2 and y1 < y2 (corners, not width, height)"
+        )
     return x1, y1, x2, y2

@@ -30,7 +30,25 @@ REASONS = {
 """The closed list of reasons for which an image is rejected."""
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .heic .heif .avif .jp2 .ppm .pgm .tga".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jp2",
+        ".ppm",
+        ".pgm",
+        ".tga",
+    ]
 )
 """Files that count as images of a source; what they really are is seen when they are decoded."""
 

@@ -59,7 +59,5 @@ class ClassSampler:
         """Image numbers of one step, class by class; a class with fewer than K images gives all it has."""
         rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.members), self.num_classes, replace=False)
-        parts = [
-            rng.choice(self.members[c], min(self.per_class, len(self.members[c])), replace=False) for c in chosen
-        ]
+        parts = [rng.choice(self.members[c], min(self.per_class, len(self.members[c])), replace=False) for c in chosen]
         return np.concatenate(parts).astype(np.int64)

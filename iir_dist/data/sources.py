@@ -125,7 +125,7 @@ class TarSource(_ArchiveSource):
                     plain = info.isreg() and not info.issparse()
                     offset = info.offset_data if plain else -1
                     yield Member(self.uri, info.name, info.size, offset, "" if plain else "not_a_file")
-                    archive.members.clear()  # tarfile keeps every header; a million of them are a gigabyte
+                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header; a million of them are a gigabyte
         except (tarfile.TarError, EOFError) as error:
             raise self.damaged(error, count) from error
 

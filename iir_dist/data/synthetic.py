@@ -14,6 +14,7 @@ import io
 import json
 import tarfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,7 @@ def facade(seed: int, landmark: int) -> Image.Image:
     cuts = np.sort(rng.uniform(0.1, 0.9, num_blocks - 1)) if num_blocks > 1 else np.array([])
     edges = 16 + (FACADE - 32) * np.concatenate([[0.0], cuts, [1.0]])
     mirrored = bool(rng.random() < 0.4) and num_blocks > 2
-    blocks = [_block(rng, e0, e1, stone, roof) for e0, e1 in zip(edges, edges[1:], strict=False) if e1 - e0 > 14]
+    blocks = [_block(rng, e0, e1, stone, roof) for e0, e1 in pairwise(edges) if e1 - e0 > 14]
     if mirrored:
         edge = FACADE - 1
         half = [b for b in blocks if b.right <= FACADE / 2] or blocks[:1]
@@ -130,12 +131,21 @@ class _Block:
                     draw.polygon(((x0 + w / 2, y0), (x0 + w, y0 + h), (x0, y0 + h)), fill=dark)
         middle, size = (left + right) / 2, (right - left) * 0.28
         if self.ornament == 1:
-            draw.ellipse((middle - size, top + 10, middle + size, top + 10 + 2 * size), fill=_shade(self.stone, 1.25), outline=dark, width=3)
+            draw.ellipse(
+                (middle - size, top + 10, middle + size, top + 10 + 2 * size),
+                fill=_shade(self.stone, 1.25),
+                outline=dark,
+                width=3,
+            )
             draw.line((middle, top + 10 + size, middle + size * 0.6, top + 10 + size * 0.5), fill=dark, width=3)
         elif self.ornament == 2:
-            draw.rectangle((middle - size / 2, bottom - 3 * size, middle + size / 2, bottom), fill=_shade(self.roof_color, 0.7))
+            draw.rectangle(
+                (middle - size / 2, bottom - 3 * size, middle + size / 2, bottom), fill=_shade(self.roof_color, 0.7)
+            )
         elif self.ornament == 3:
-            draw.polygon(((left, top + 30), (right, top + 30), (middle, top + 2)), fill=_shade(self.stone, 1.15), outline=dark)
+            draw.polygon(
+                ((left, top + 30), (right, top + 30), (middle, top + 2)), fill=_shade(self.stone, 1.15), outline=dark
+            )
 
     def _draw_roof(self, draw: ImageDraw.ImageDraw) -> None:
         left, right, top, h = self.left, self.right, self.top, self.roof_height

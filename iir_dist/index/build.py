@@ -22,6 +22,9 @@ from iir_dist.storage import Folder
 
 log = logging.getLogger(__name__)
 
+OPQ_ITERATIONS = 10
+"""faiss's 50 cost five times as long for nothing: squared error 0.05578 after 10 and 0.05588 after 50 iterations
+(3,104 real descriptors of 256 dimensions, OPQ64_256,IVF64,PQ64)."""
 TEMPLATE, NAMES_FILE = "trained.faiss", "names.parquet"
 VECTORS, VECTORS_SUFFIX = "vectors", ".f16"
 
@@ -44,7 +47,8 @@ def train(collection: Collection, todo: IndexPlan, seed: int, threads: int) -> A
     faiss.omp_set_num_threads(threads)
     rows = sample_rows(collection.num_rows, todo.train_size, seed)
     parts = [
-        x[rows[(rows >= first) & (rows < first + len(x))] - first] for first, x in collection.vectors(0, collection.num_rows)
+        x[rows[(rows >= first) & (rows < first + len(x))] - first]
+        for first, x in collection.vectors(0, collection.num_rows)
     ]
     xt = np.unique(np.concatenate(parts), axis=0)  # exact duplicates would draw centroids to themselves
     try:
@@ -54,11 +58,24 @@ def train(collection: Collection, todo: IndexPlan, seed: int, threads: int) -> A
         ivf.cp.seed = seed + 1234
         ivf.cp.min_points_per_centroid = 1  # the plan decides; faiss would only print
         ivf.cp.max_points_per_centroid = max(256, len(xt) // max(ivf.nlist, 1) + 1)
+        for transform in transforms(index):
+            if isinstance(transform, faiss.OPQMatrix):
+                transform.niter = OPQ_ITERATIONS
         index.train(np.ascontiguousarray(xt))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1] if str(error) else "unknown"
         raise ConfigError(f"faiss cannot build {todo.factory!r} for dimension {collection.dim}: {reason}") from error
     return index
+
+
+def transforms(index: Any) -> list[Any]:
+    """The vector transforms in front of an index (OPQ, PCA), in order."""
+    import faiss
+
+    if not isinstance(index, faiss.IndexPreTransform):
+        return []
+    chain: Any = index.chain
+    return [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
 
 
 def fill(folder: Folder, template_sha256: str, number: int, rows: tuple[int, int], collection: Collection) -> None:
@@ -137,4 +154,3 @@ def _train_bytes(collection: Collection, todo: IndexPlan, seed: int, threads: in
     import faiss
 
     return bytes(faiss.serialize_index(train(collection, todo, seed, threads)).tobytes())
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from pydantic import Field
@@ -81,7 +82,7 @@ def plan(num_rows: int, dim: int, config: IndexConfig) -> IndexPlan:
     nprobe = min(nlist, config.nprobe or max(8, nlist // 8))
     shards = min(config.shards, num_rows)
     cuts = [num_rows * i // shards for i in range(shards + 1)]
-    return IndexPlan(factory, nlist, nprobe, code_bytes, train_size, tuple(zip(cuts, cuts[1:], strict=False)))
+    return IndexPlan(factory, nlist, nprobe, code_bytes, train_size, tuple(pairwise(cuts)))
 
 
 def _nlist_of(factory: str) -> int:

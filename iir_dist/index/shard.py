@@ -9,7 +9,7 @@ import numpy as np
 from iir_dist import artifact
 from iir_dist.artifact import FileEntry, shard_name
 from iir_dist.errors import CorruptError
-from iir_dist.index.build import TEMPLATE, VECTORS, VECTORS_SUFFIX
+from iir_dist.index.build import TEMPLATE, VECTORS, VECTORS_SUFFIX, transforms
 from iir_dist.storage import Folder, LocalFolder
 from iir_dist.vectors import F32, I64
 
@@ -20,7 +20,9 @@ class Shard:
     On local disk they are memory-mapped; from an object store they are read into memory.
     """
 
-    def __init__(self, folder: Folder, number: int, rows: tuple[int, int], dim: int, files: dict[str, FileEntry]) -> None:
+    def __init__(
+        self, folder: Folder, number: int, rows: tuple[int, int], dim: int, files: dict[str, FileEntry]
+    ) -> None:
         import faiss
 
         faiss.omp_set_num_threads(1)  # the fan-out over shards is the parallelism
@@ -87,8 +89,7 @@ class Coarse:
         import faiss
 
         xt = xq
-        if isinstance(self.index, faiss.IndexPreTransform):
-            for i in range(self.index.chain.size()):
-                xt = faiss.downcast_VectorTransform(self.index.chain.at(i)).apply(xt)
+        for transform in transforms(self.index):
+            xt = transform.apply(xt)
         coarse, lists = faiss.extract_index_ivf(self.index).quantizer.search(xt, nprobe)
         return xt, lists, coarse

@@ -55,4 +55,3 @@ class QuantizedAP:
         counts = share.new_zeros(len(share), self.num_bins)
         counts = counts.scatter_add(1, index, (1 - share) * weight)
         return counts.scatter_add(1, index + 1, share * weight)
-

@@ -19,10 +19,10 @@ from iir_dist import artifact
 from iir_dist.artifact import FileEntry, Manifest
 from iir_dist.config import StageConfig
 from iir_dist.data.images import Resize
-from iir_dist.errors import CorruptError
+from iir_dist.errors import ConfigError, CorruptError
 from iir_dist.models.backbones import BACKBONES, build_backbone, load_strictly
 from iir_dist.models.pooling import GeM, Pooling, build_pooling
-from iir_dist.storage import Folder
+from iir_dist.storage import Folder, sha256_of
 
 WEIGHTS, SPEC = "weights.safetensors", "encoder.json"
 
@@ -113,9 +113,13 @@ class Encoder(nn.Module):
             self.register_buffer("whiten_mean", torch.zeros(source))
             self.register_buffer("whiten_matrix", torch.zeros(spec.whitening.dim, source))
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """Trunk, pooling, L2."""
+        return F.normalize(self.pool(self.trunk((x - self.mean) / self.std)), dim=-1)
+
     def describe(self, x: Tensor) -> Tensor:
         """One scale, before whitening: trunk, pooling, L2, projection, L2."""
-        v = F.normalize(self.pool(self.trunk((x - self.mean) / self.std)), dim=-1)
+        v = self.pooled(x)
         if self.projection is not None:
             v = F.normalize(self.projection(v), dim=-1)
         return v
@@ -158,24 +162,35 @@ def create(config: EncoderConfig) -> Encoder:
     return Encoder(spec, trunk).eval()
 
 
-def project(encoder: Encoder, dim: int, seed: int = 0) -> Encoder:
-    """The encoder with a projection (FC) behind its pooling, which starts by keeping cosines as they are.
-
-    A square one starts as the identity, a smaller one as a random orthonormal projection: what the trunk knows is
-    not thrown away, so that a short training can improve on it.
-    """
+def project(encoder: Encoder, dim: int) -> Encoder:
+    """The encoder with a projection (FC) of `dim` outputs behind its pooling; its weights are still to be set."""
+    if dim > encoder.spec.dim:
+        raise ConfigError(
+            f"a projection to {dim} dimensions: the encoder has {encoder.spec.dim}; expected at most that"
+        )
     spec = encoder.spec.model_copy(update={"projection": dim, "dim": dim})
     projected = Encoder(spec, encoder.trunk)
     projected.pool = encoder.pool
-    layer = cast(nn.Linear, projected.projection)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        if layer.in_features == dim:
-            nn.init.eye_(layer.weight)
-        else:
-            nn.init.orthogonal_(layer.weight)
-        layer.bias.zero_()
     return projected.eval()
+
+
+def centre(encoder: Encoder, v: Tensor) -> None:
+    """Set the projection so that it centres: W (v - mean), rows of W orthonormal, the directions of most variance.
+
+    Pooled ReLU maps are positive, so their cosines crowd near 1, where a histogram of similarities sees nothing;
+    centred, they spread, and all that the trunk knows is kept.
+
+    Args:
+        v: (n, D) unit vectors of training images, before the projection.
+    """
+    layer = cast(nn.Linear, encoder.projection)
+    v = v.double()
+    mean = v.mean(dim=0)
+    _, vectors = torch.linalg.eigh((v - mean).T @ (v - mean))
+    rows = vectors.T.flip(0)[: layer.out_features]
+    with torch.no_grad():
+        layer.weight.copy_(rows)
+        layer.bias.copy_(-rows @ mean)
 
 
 def save(encoder: Encoder, folder: Folder) -> dict[str, FileEntry]:
@@ -217,7 +232,7 @@ def run(out: str, config: EncoderConfig, *, force: bool = False) -> Manifest:
     path = Path(config.weights)
     inputs = {}
     if config.weights not in ("random", "imagenet") and path.is_file():
-        inputs["weights"] = artifact.InputRef(uri=str(path), fingerprint=artifact.sha256_of(path))
+        inputs["weights"] = artifact.InputRef(uri=str(path), fingerprint=sha256_of(path))
     with artifact.begin(out, "encoder", config, inputs, force=force) as work:
         if work.finished:
             return work.finished

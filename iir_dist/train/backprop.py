@@ -26,9 +26,7 @@ class Outcome:
     ap: float
 
 
-def three_stage(
-    embed: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], labels: Tensor, loss: RowLoss
-) -> Outcome:
+def three_stage(embed: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], labels: Tensor, loss: RowLoss) -> Outcome:
     """Add the gradient of the global loss to the parameters behind `embed`; sum it over workers afterwards.
 
     Args:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from iir_dist import artifact
 from iir_dist.artifact import Manifest
@@ -16,11 +17,11 @@ from iir_dist.data.cache import Photos
 from iir_dist.data.sampling import ClassSampler
 from iir_dist.errors import ConfigError
 from iir_dist.losses.average_precision import QuantizedAP
-from iir_dist.models.encoder import Encoder, load, project
+from iir_dist.models.encoder import Encoder, centre, load, project
 from iir_dist.storage import open_folder
 from iir_dist.train import collectives, launch, stage
 from iir_dist.train.backprop import Outcome, three_stage
-from iir_dist.train.loop import Optimization, Run, train
+from iir_dist.train.loop import CHECKPOINT, Optimization, Run, train
 
 
 class FinetuneConfig(StageConfig):
@@ -70,6 +71,18 @@ class FinetuneTask:
         self.view = mild(config.size, config.min_scale)
         self.loss = QuantizedAP(config.bins, *config.bin_range)
 
+    def sample(self, size: int = 512) -> Tensor:
+        """(n, D) vectors before the projection of training images spread over all; the same on every worker."""
+        rng = np.random.default_rng(self.config.seed)
+        chosen = rng.permutation(len(self.photos))[:size]
+        start, stop = collectives.share_of(len(chosen), collectives.rank(), collectives.world_size())
+        seed, parts = self.config.seed, []
+        for n in chosen[start:stop]:
+            x = stage.views(self.photos, [n], self.view, lambda number, _: seed_of(seed, number))
+            with torch.no_grad():
+                parts.append(self.encoder.pooled(x.to(self.device)))
+        return collectives.gather(torch.cat(parts))[0].cpu()
+
     def images_per_step(self) -> int:
         return self.sampler.num_classes * self.sampler.per_class
 
@@ -77,9 +90,9 @@ class FinetuneTask:
         batch = self.sampler.batch(step)
         start, stop = collectives.share_of(len(batch), collectives.rank(), collectives.world_size())
         own = batch[start:stop]
-        seeds = [seed_of(self.config.seed, step, int(n)) for n in own]
+        seed = self.config.seed
         # Pixels of both passes are made once and kept: 3 bytes a pixel and image, little beside a graph.
-        x = stage.views(self.photos, own.tolist(), self.view, seeds)
+        x = stage.views(self.photos, own, self.view, lambda number, _: seed_of(seed, step, number))
         chunks = [part.to(self.device) for part in x.split(self.config.chunk)]
         labels = torch.tensor([self.labels[n] for n in own], device=self.device)
         return three_stage(self.encoder.describe, chunks, labels, self.loss)
@@ -87,7 +100,7 @@ class FinetuneTask:
 
 def _start(init: str, config: FinetuneConfig) -> Encoder:
     encoder = load(*artifact.require(init, *artifact.ENCODERS))
-    return encoder if config.projection is None else project(encoder, config.projection, config.seed)
+    return encoder if config.projection is None else project(encoder, config.projection)
 
 
 def body(arguments: dict[str, Any], on_step: Any) -> None:
@@ -95,7 +108,10 @@ def body(arguments: dict[str, Any], on_step: Any) -> None:
     config = FinetuneConfig.model_validate(arguments["config"])
     photos = Photos([artifact.require(uri, "ingest") for uri in arguments["images"]])
     task = FinetuneTask(photos, _start(arguments["init"], config), config)
-    train(task, Run(config.steps, config.optim, config.checkpoint_every, config.seed), open_folder(arguments["out"]), on_step)
+    folder = open_folder(arguments["out"])
+    if config.projection is not None and not folder.exists(CHECKPOINT):
+        centre(task.encoder, task.sample())
+    train(task, Run(config.steps, config.optim, config.checkpoint_every, config.seed), folder, on_step)
 
 
 def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force: bool = False) -> Manifest:
@@ -108,7 +124,9 @@ def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force
     sources = [artifact.require(uri, "ingest") for uri in images]
     init_folder, init_manifest = artifact.require(init, *artifact.ENCODERS)
     if init_manifest.info["encoder"]["whitening"] is not None:
-        raise ConfigError(f"{init} is whitened; fine-tune the encoder that it was made from, then learn whitening again")
+        raise ConfigError(
+            f"{init} is whitened; fine-tune the encoder that it was made from, then learn whitening again"
+        )
     refs = {
         "images": artifact.combine(artifact.reference(*source) for source in sources),
         "init": artifact.reference(init_folder, init_manifest),
@@ -124,4 +142,6 @@ def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force
         encoder = _start(init, config)
         encoder.load_state_dict(stage.last_weights(work))
         encoder.spec = encoder.spec.model_copy(update={"weights": f"ap:{encoder.spec.weights}"})
-        return stage.publish(work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps})
+        return stage.publish(
+            work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps}
+        )

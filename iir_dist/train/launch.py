@@ -43,7 +43,7 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
     checkpoint. An `IirError` (a loss that is not finite, say) is raised here at once.
     """
     ray = session.connect()
-    import ray.train
+    from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = session.cluster_gpus()
@@ -58,10 +58,8 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
     def worker(config: dict[str, Any]) -> None:
         import torch
 
-        import ray.train as train
-
         torch.set_num_threads(max(1, cpus // workers) if not gpus else 1)
-        context = train.get_context()
+        context = ray_train.get_context()
 
         def on_step(step: int, note: str) -> None:
             if context.get_world_rank() == 0:
@@ -78,16 +76,16 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
             worker,
             train_loop_config=arguments,
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ray_train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={"GPU": 1} if gpus else {"CPU": max(1, cpus // workers)},
             ),
-            run_config=ray.train.RunConfig(
+            run_config=ray_train.RunConfig(
                 name=what,
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+                failure_config=ray_train.FailureConfig(max_failures=MAX_FAILURES),
+                logging_config=ray_train.LoggingConfig(log_level="ERROR"),
             ),
         )
         _fit(trainer, board, what, steps, ray)
@@ -115,10 +113,11 @@ def _fit(trainer: Any, board: Any, what: str, steps: int, ray: Any) -> None:
                 thread.join()
                 raise error
         if failure:
-            raise TrainingError(f"{what} failed {MAX_FAILURES + 1} times, last: {_last_line(failure[0])}") from failure[0]
+            raise TrainingError(f"{what} failed {MAX_FAILURES + 1} times, last: {_last_line(failure[0])}") from failure[
+                0
+            ]
 
 
 def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-

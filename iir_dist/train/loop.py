@@ -94,7 +94,9 @@ def train(task: Task, run: Run, folder: Folder, on_step: Callable[[int, str], No
         norm = gradient_norm(task.model)
         for quantity, value in (("loss", outcome.loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise TrainingError(f"{quantity} is {value} at step {step}; lower optim.lr, or look at the images of that step")
+                raise TrainingError(
+                    f"{quantity} is {value} at step {step}; lower optim.lr, or look at the images of that step"
+                )
         optimizer.step()
         seconds = time.monotonic() - clock
         line = {

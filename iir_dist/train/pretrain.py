@@ -7,7 +7,7 @@ workers; running statistics are averaged over workers at each checkpoint.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,7 @@ class PretrainConfig(StageConfig):
     temperature: float = Field(0.2, gt=0)
     head_dim: int = Field(128, ge=2)
     """Output of the two-layer projection head, which is dropped afterwards."""
-    optim: Optimization = Optimization(
-        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", warmup_steps=0
-    )
+    optim: Optimization = Optimization(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", warmup_steps=0)
     checkpoint_every: int = Field(100, ge=1)
     seed: int = 0
     workers: int | None = Field(None, ge=1)
@@ -85,12 +83,12 @@ class PretrainTask:
     def step(self, step: int) -> Outcome:
         batch = epoch_batch(len(self.photos), self.config.batch, step, self.config.seed)
         start, stop = collectives.share_of(len(batch), collectives.rank(), collectives.world_size())
-        own = batch[start:stop]
-        numbers = [*own, *own]
-        seeds = [seed_of(self.config.seed, step, int(n), view) for view in range(2) for n in own]
-        x = stage.views(self.photos, numbers, self.view, seeds).to(self.device)
+        seed = self.config.seed
+        x = stage.views(
+            self.photos, batch[start:stop], self.view, lambda number, view: seed_of(seed, step, number, view), count=2
+        )
         labels = torch.arange(start, stop, device=self.device).repeat(2)
-        return one_pass(self.model(x), labels, self.loss)
+        return one_pass(self.model(x.to(self.device)), labels, self.loss)
 
 
 def body(arguments: dict[str, Any], on_step: Any) -> None:
@@ -114,6 +112,8 @@ def run(images: list[str], out: str, config: PretrainConfig, *, force: bool = Fa
         launch.launch(body, arguments, what="pretrain", steps=config.steps, workers=config.workers)
         model = SimCLR(create(config.encoder), config.head_dim, config.seed)
         model.load_state_dict(stage.last_weights(work))
-        encoder = cast(Encoder, model.encoder).eval()
+        encoder = model.encoder.eval()
         encoder.spec = encoder.spec.model_copy(update={"weights": f"simclr:{config.encoder.weights}"})
-        return stage.publish(work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps})
+        return stage.publish(
+            work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps}
+        )

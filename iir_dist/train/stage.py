@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,16 +20,26 @@ from iir_dist.storage import sha256_of
 from iir_dist.train.loop import CHECKPOINT, LOG
 
 
-def views(photos: Photos, numbers: Sequence[int], view: View, seeds: Sequence[int]) -> Tensor:
-    """(n, 3, size, size) float32 in [0, 1]: one view of each photo, each from its own seed."""
-    tensors = []
-    for number, seed in zip(numbers, seeds, strict=True):
-        photo = photos[int(number)]
+def views(
+    photos: Photos, numbers: Iterable[int], view: View, seed: Callable[[int, int], int], count: int = 1
+) -> Tensor:
+    """(count * n, 3, size, size) float32 in [0, 1]: view 0 of all photos, then view 1 of all, and so on.
+
+    Args:
+        seed: (photo number, view) -> seed of that view.
+    """
+    by_view: list[list[Tensor]] = [[] for _ in range(count)]
+    for number in map(int, numbers):
+        photo = photos[number]
         try:
-            tensors.append(view(decode(photo.data), seed))
+            image = decode(photo.data)
         except ImageError as error:  # it decoded at ingest, so the stored bytes or the machine changed
-            raise TrainingError(f"photo {photo.name!r} cannot be decoded: {error}; run iir verify on the images") from None
-    return torch.stack(tensors).contiguous(memory_format=torch.channels_last)
+            raise TrainingError(
+                f"photo {photo.name!r} cannot be decoded: {error}; run iir verify on the images"
+            ) from None
+        for i in range(count):
+            by_view[i].append(view(image, seed(number, i)))
+    return torch.stack([x for part in by_view for x in part]).contiguous(memory_format=torch.channels_last)
 
 
 def device() -> torch.device:
@@ -51,5 +61,3 @@ def last_weights(work: artifact.Work) -> dict[str, Any]:
     state = torch.load(io.BytesIO(work.folder.read(CHECKPOINT)), map_location="cpu", weights_only=True)
     weights: dict[str, Any] = state["model"]
     return weights
-
-
