@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+OUT ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+# Made when it is missing, and again when what it is made from has changed.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "iir_dist needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (once; a few minutes, about 8 GB with the GPU builds of torch and faiss)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.stamp ## raw photos to a report on this machine; DATA=DIR for real photos
+	$(BIN)/iir demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: .venv/.stamp ## the tests: CPU, offline, deterministic
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.stamp ## the tests that take minutes; real photos where ../shared/data is there
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/.stamp ## lint, format and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.stamp ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.stamp ## seconds and peak memory of each stage; DATA=DIR for real photos
+	$(BIN)/python benchmarks/chain.py $(if $(DATA),--data $(DATA))
+
+clean: ## remove the environment, the demo's output and all caches
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
