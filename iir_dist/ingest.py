@@ -23,7 +23,7 @@ from iir_dist.config import StageConfig, fingerprint
 from iir_dist.data import groundtruth
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.images import MAX_MEGAPIXELS, decode
-from iir_dist.data.sources import Listing, Member, label_of, list_sources, open_source
+from iir_dist.data.sources import Listing, Member, Reader, label_of, list_sources
 from iir_dist.errors import GroundTruthError, ImageError, InputError
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder
@@ -167,25 +167,18 @@ def check(rows: Sequence[Row], max_megapixels: float) -> tuple[pa.Table, list[Re
 
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA if field.name != "id"}
     rejected = []
-    for row in rows:
-        try:
-            data = open_source(row.member.source).read(row.member)
-            image = decode(data, max_megapixels)
-        except ImageError as error:
-            rejected.append(Rejected(row.name, _where(row.member), error.reason, error.detail))
-            continue
-        values = (
-            row.name,
-            label_of(row.name),
-            row.split,
-            row.box,
-            image.width,
-            image.height,
-            sha256(data).hexdigest(),
-            data,
-        )
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
+    with Reader() as reader:
+        for row in rows:
+            try:
+                data = reader.read(row.member)
+                image = decode(data, max_megapixels)
+            except ImageError as error:
+                rejected.append(Rejected(row.name, _where(row.member), error.reason, error.detail))
+                continue
+            digest, label = sha256(data).hexdigest(), label_of(row.name)
+            values = (row.name, label, row.split, row.box, image.width, image.height, digest, data)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
     schema = pa.schema([field for field in SCHEMA if field.name != "id"])
     return pa.table(columns, schema=schema), rejected
 

@@ -136,8 +136,12 @@ class _PlainUnpickler(pickle.Unpickler):
                 return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
             if name == "scalar":
                 return _plain_scalar
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _plain_array  # how protocol 5 spells an array
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
             return _latin1
+        if module in ("builtins", "__builtin__") and name == "bytes":  # and no bytes at all
+            return _no_bytes
         raise GroundTruthError(
             f"it holds {module}.{name}, and only lists, dicts, strings, numbers and arrays are admitted"
         )
@@ -147,6 +151,14 @@ def _plain_scalar(dtype: np.dtype[Any], data: bytes) -> Any:
     if dtype.hasobject:
         raise GroundTruthError("it holds a Python object inside a NumPy scalar")
     return np.frombuffer(data, dtype)[0]
+
+
+def _plain_array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Literal["C", "F"]) -> Any:
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _no_bytes() -> bytes:
+    return b""
 
 
 def _latin1(text: str, encoding: str) -> bytes:

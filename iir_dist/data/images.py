@@ -70,8 +70,9 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
         raise ImageError("empty", "0 bytes")
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 and refuses from 179 megapixels; our own bound is checked below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of broken metadata, which is no reason to refuse good pixels, and from 89 megapixels on (it
+            # refuses from 179); our own bound is checked below.
+            warnings.simplefilter("ignore")
             image: Image.Image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError("not_an_image", f"{len(data)} bytes starting with {data[:8]!r}") from None
@@ -84,7 +85,7 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
         raise ImageError("too_large", f"{image.width} x {image.height} px, allowed are {max_megapixels} megapixels")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken metadata is no reason to refuse good pixels
+            warnings.simplefilter("ignore")
             image.load()
             return _rgb(_upright(image))
     except Exception as error:  # truncated data, bad streams: the type depends on the format's plugin
@@ -102,7 +103,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
         scale = 255.0 / 65535.0 if pixels.max(initial=0) > 255 else 1.0
-        return Image.fromarray(np.clip(pixels * scale + 0.5, 0, 255).astype(np.uint8), "L").convert("RGB")
+        return Image.fromarray(np.clip(pixels * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -142,9 +143,9 @@ def clip_box(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     Raises:
         ImageError: if nothing of it lies inside.
     """
-    x1, y1 = max(0, round(box[0])), max(0, round(box[1]))
-    x2, y2 = min(size[0], round(box[2])), min(size[1], round(box[3]))
-    if not all(map(math.isfinite, box)) or x2 <= x1 or y2 <= y1:
+    x1, y1, x2, y2 = map(round, box) if all(map(math.isfinite, box)) else (0, 0, 0, 0)
+    x1, y1, x2, y2 = max(0, x1), max(0, y1), min(size[0], x2), min(size[1], y2)
+    if x2 <= x1 or y2 <= y1:
         raise ImageError("corrupt", f"query box {box} holds no pixel of the {size[0]} x {size[1]} image")
     return x1, y1, x2, y2
 

@@ -6,7 +6,6 @@ read any member. Listing is deterministic: members are sorted by key.
 
 from __future__ import annotations
 
-import functools
 import os
 import posixpath
 import tarfile
@@ -66,6 +65,9 @@ class Source(ABC):
     @abstractmethod
     def read(self, member: Member) -> bytes:
         """The bytes of a member. Raises `ImageError` with reason `unreadable` or `corrupt`."""
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing open
+        """Let go of open files."""
 
 
 class FolderSource(Source):
@@ -134,8 +136,9 @@ class TarSource(_ArchiveSource):
             if isinstance(self.folder, S3Folder):
                 data = self.folder.read_range(self.name, member.offset, member.size) if member.size else b""
             else:
-                file = _open_local(os.path.join(self.folder.uri, self.name))
-                data = os.pread(file.fileno(), member.size, member.offset)
+                with self.open() as file:
+                    file.seek(member.offset)
+                    data = file.read(member.size)
         except (StorageError, OSError) as error:
             raise ImageError("unreadable", str(error)) from None
         if len(data) != member.size:
@@ -144,7 +147,17 @@ class TarSource(_ArchiveSource):
 
 
 class ZipSource(_ArchiveSource):
-    """A zip: members may be compressed and are read through its directory."""
+    """A zip: members may be compressed and are read through its directory, which is parsed once."""
+
+    _archive: zipfile.ZipFile | None = None
+    _file: BinaryIO | None = None
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+        if self._file is not None:
+            self._file.close()
+        self._archive = self._file = None
 
     def members(self) -> Iterator[Member]:
         try:
@@ -158,7 +171,10 @@ class ZipSource(_ArchiveSource):
 
     def read(self, member: Member) -> bytes:
         try:
-            return _open_zip(self.uri).read(member.key)
+            if self._archive is None:
+                self._file = self.open()
+                self._archive = zipfile.ZipFile(self._file)
+            return self._archive.read(member.key)
         except (zipfile.BadZipFile, EOFError) as error:
             raise ImageError("corrupt", str(error)) from None
         except (StorageError, OSError, RuntimeError, NotImplementedError, KeyError) as error:
@@ -167,18 +183,26 @@ class ZipSource(_ArchiveSource):
             raise ImageError("corrupt", f"{type(error).__name__}: {error}") from None
 
 
-@functools.lru_cache(maxsize=16)
-def _open_local(path: str) -> BinaryIO:
-    return open(path, "rb")  # kept open for the life of the worker: one per archive
+class Reader:
+    """Reads members of any source; archives stay open for the length of the `with` block."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, Source] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources.values():
+            source.close()
+
+    def read(self, member: Member) -> bytes:
+        """The bytes of a member. Raises `ImageError` with reason `unreadable` or `corrupt`."""
+        if member.source not in self._sources:
+            self._sources[member.source] = open_source(member.source)
+        return self._sources[member.source].read(member)
 
 
-@functools.lru_cache(maxsize=16)
-def _open_zip(uri: str) -> zipfile.ZipFile:
-    folder, name = split_uri(uri)
-    return zipfile.ZipFile(folder.open(name))
-
-
-@functools.lru_cache(maxsize=256)
 def open_source(uri: str) -> Source:
     """The source at an address: an archive by its ending, else a folder."""
     lower = uri.lower()
