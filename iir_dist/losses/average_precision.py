@@ -19,7 +19,8 @@ class QuantizedAP:
         P_m = sum_{k<=m} c+_k / sum_{k<=m} c_k      dr_m = c+_m / N+      AP = sum_m P_m dr_m
 
     A similarity outside [low, high] counts fully in the end bin, without gradient, as in the authors' code. The value
-    is lower than the exact AP, the more the fewer bins; log the exact one too.
+    is lower than the exact AP, the more the fewer bins, and a little even with very many, because an item enters the
+    count by halves; log the exact one too.
 
     Departure: a similarity touches only its two neighbouring bins, so each row is scattered into M bins instead of
     building the (Q, M, B) kernel; values and gradients are the same, memory is M times less.
