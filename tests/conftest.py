@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,10 +43,12 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """The shared Ray: `RAY_TEST_ADDRESS` where set, else two CPUs here."""
+def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The shared Ray: `RAY_TEST_ADDRESS` where set, else one on this machine."""
     from iir_dist import session
 
+    with contextlib.suppress(pytest.skip.Exception):
+        request.getfixturevalue("s3")  # workers inherit the store's address and credentials when Ray starts
     if "RAY_TEST_ADDRESS" in os.environ:
         os.environ["RAY_ADDRESS"] = os.environ["RAY_TEST_ADDRESS"]
     ray = session.connect()
@@ -100,6 +104,29 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the development data are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def killed() -> Callable[[list[str], Path], None]:
+    """killed(arguments of iir, output folder): run it and `kill -9` it, with all it started, after its first shard."""
+
+    def run(arguments: list[str], out: Path) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "iir_dist", *arguments], start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        with process:
+            assert process.stdout is not None
+            deadline = time.monotonic() + 120
+            done = out / "_work" / "done"
+            while not (done.is_dir() and any(done.iterdir())):
+                assert process.poll() is None, process.stdout.read().decode()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert not (out / "manifest.json").exists(), "it was done before it could be killed"
+
+    return run
 
 
 # ------------------------------------------------------------------------------------------------ S3

@@ -41,9 +41,11 @@ def loss_and_gradient(loss: RowLoss, z: Tensor, labels: Tensor, chunk: int = 256
         chunk: rows at once; changes memory, not the result (up to rounding).
 
     Returns:
-        The value (0 where no row has a positive) and the gradient (B, D).
+        The value (0 where no row has a positive, NaN where z is not finite) and the gradient (B, D).
     """
     z = z.detach()
+    if not torch.isfinite(z).all():  # a histogram cannot count NaN; the loop stops on a loss that is not finite
+        return float("nan"), torch.full_like(z, float("nan"))
     num_rows = torch.zeros((), dtype=torch.int64, device=z.device)
     for start in range(0, len(z), chunk):
         num_rows += masks(labels, start, min(start + chunk, len(z)))[0].any(dim=1).sum()

@@ -1,0 +1,266 @@
+"""Ingest: every image accounted for, whatever comes in and whenever it is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from iir_dist import artifact, ingest
+from iir_dist.data.groundtruth import GroundTruth, Query
+from iir_dist.data.images import REASONS
+from iir_dist.data.sources import Listing, Member
+from iir_dist.errors import GroundTruthError, InputError
+from iir_dist.ingest import IngestConfig
+from iir_dist.storage import open_folder, sha256_of
+
+pytestmark = pytest.mark.ray
+
+Killed = Callable[[list[str], Path], None]
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (48, 32)) -> bytes:
+    rng = np.random.default_rng(seed)
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8), "RGB").save(out, "JPEG")
+    return out.getvalue()
+
+
+def rows(out: Path | str) -> pa.Table:
+    folder, manifest = artifact.require(out, "ingest")
+    tables = []
+    for shard in manifest.shards():
+        with folder.local(shard) as path:
+            tables.append(pq.read_table(path))
+    return pa.concat_tables(tables)
+
+
+def ledger(out: Path | str) -> dict[str, str]:
+    with open_folder(out).local("rejected.parquet") as path:
+        return {line["name"]: line["reason"] for line in pq.read_table(path).to_pylist()}
+
+
+def small(**changes: object) -> IngestConfig:
+    return IngestConfig.model_validate({"shard_mb": 0.01, **changes})
+
+
+# ------------------------------------------------------------------------------------------------ plan, without Ray
+
+
+def listing(*names: str, size: int = 10) -> Listing:
+    members = tuple(Member("/s", f"{n}.jpg", size) for n in names)
+    return Listing(members, names, 0, "f")
+
+
+def truth(protocol: str, **labels: tuple[str, ...]) -> GroundTruth:
+    queries = (Query("q", "q", (0.0, 0.0, 5.0, 5.0), labels),)
+    return GroundTruth(protocol, queries, ("a", "b") if protocol == "revisited" else None)  # type: ignore[arg-type]
+
+
+def planned(plan: ingest.Plan) -> list[tuple[str, str]]:
+    return [(row.name, row.split) for shard in plan.shards for row in shard]
+
+
+def test_revisited_queries_are_not_in_the_database() -> None:
+    plan = ingest.plan(listing("a", "b", "q"), IngestConfig(), truth("revisited", easy=("a",), hard=(), junk=()))
+    assert planned(plan) == [("a", "db"), ("b", "db"), ("q", "query")]
+
+
+def test_original_queries_stay_in_the_database_where_they_are_labelled() -> None:
+    labelled = truth("original", good=("q", "a"), ok=(), junk=())
+    assert planned(ingest.plan(listing("a", "b", "q"), IngestConfig(), labelled)) == [
+        ("a", "db"), ("b", "db"), ("q", "db"), ("q", "query")
+    ]  # fmt: skip
+    unlabelled = truth("original", good=("a",), ok=(), junk=())
+    assert planned(ingest.plan(listing("a", "b", "q"), IngestConfig(), unlabelled)) == [
+        ("a", "db"), ("b", "db"), ("q", "query")
+    ]  # fmt: skip
+
+
+def test_ground_truth_that_names_missing_images() -> None:
+    missing = truth("revisited", easy=("a",), hard=("b",), junk=())
+    with pytest.raises(GroundTruthError, match=r"names 1 of 3 images that are not in the source \(first: b\)"):
+        ingest.plan(listing("a", "q"), IngestConfig(), missing)
+    accepted = ingest.plan(listing("a", "q"), IngestConfig(allow_missing=True), missing)
+    assert planned(accepted) == [("a", "db"), ("q", "query")]
+    with pytest.raises(GroundTruthError, match="1 query images are not in the source, first 'q'"):
+        ingest.plan(listing("a", "b"), IngestConfig(allow_missing=True), missing)
+
+
+def test_shards_are_cut_by_size() -> None:
+    plan = ingest.plan(listing(*"abcdefg", size=400), IngestConfig(shard_mb=1000 / 2**20))
+    assert [len(shard) for shard in plan.shards] == [2, 2, 2, 1]
+
+
+# ------------------------------------------------------------------------------------------------ real runs
+
+
+def test_a_benchmark_is_ingested_whole(images: Path, world: Path) -> None:
+    table = rows(images / "benchmark")
+    _, manifest = artifact.require(images / "benchmark", "ingest")
+    assert table.schema.equals(ingest.SCHEMA)
+    assert manifest.counts == {"in": 40, "out": 40, "rejected": 0, "rows": 40, "queries": 8, "ignored_files": 0}
+    assert table.column("id").to_pylist() == list(range(40))
+    assert table.column("split").to_pylist() == ["db"] * 32 + ["query"] * 8
+    assert len(manifest.shards()) > 3
+    with tarfile.open(world / "benchmark.tar") as tar:
+        for row in table.to_pylist():
+            member = tar.extractfile(f"jpg/{row['name']}.jpg")
+            assert member is not None
+            assert member.read() == row["bytes"]
+            assert (row["box"] is None) == (row["split"] == "db")
+            assert Image.open(io.BytesIO(row["bytes"])).size == (row["width"], row["height"])
+    artifact.verify(images / "benchmark")
+    assert set(rows(images / "train").column("label").to_pylist()) == {f"site_{n:03d}" for n in range(5)}
+
+
+def bad_files() -> dict[str, bytes]:
+    whole = jpeg(1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(upright, "JPEG", exif=turned)
+    big = io.BytesIO()
+    Image.new("L", (10_000, 10_000)).save(big, "PNG")
+    return {
+        "jpg/good_1.jpg": whole, "jpg/good_2.png": jpeg(2), "jpg/turned.jpg": upright.getvalue(),
+        "jpg/empty.jpg": b"", "jpg/words.jpg": b"not pixels", "jpg/cut.jpg": whole[: len(whole) // 2],
+        "jpg/huge.png": big.getvalue(), "jpg/good_1.png": jpeg(3), "jpg/notes.txt": b"x",
+    }  # fmt: skip
+
+
+EXPECTED = {
+    "empty": "empty", "words": "not_an_image", "cut": "corrupt", "huge": "too_large", "good_1": "duplicate_name"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_bad_files_go_to_the_ledger_and_the_others_through(tmp_path: Path, ray_session: None, kind: str) -> None:
+    source = tmp_path / f"photos.{kind}"
+    expected = dict(EXPECTED)
+    if kind == "folder":
+        for name, data in bad_files().items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(data)
+    elif kind == "tar":
+        expected["../climbs.jpg"] = "unsafe_path"
+        with tarfile.open(source, "w") as tar:
+            for name, data in {**bad_files(), "../climbs.jpg": jpeg(4)}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    else:
+        expected["../climbs.jpg"] = "unsafe_path"
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, data in {**bad_files(), "../climbs.jpg": jpeg(4)}.items():
+                archive.writestr(name, data)
+    manifest = ingest.run([str(source)], str(tmp_path / "out"), small())
+    assert ledger(tmp_path / "out") == expected
+    assert set(expected.values()) <= set(REASONS)
+    table = rows(tmp_path / "out")
+    assert table.column("name").to_pylist() == ["good_1", "good_2", "turned"]
+    assert table.column("id").to_pylist() == [0, 1, 2]
+    assert table.slice(2, 1).select(["width", "height"]).to_pylist() == [{"width": 32, "height": 48}]  # after rotation
+    counts = manifest.counts
+    assert counts["in"] == counts["out"] + counts["rejected"] == 3 + len(expected)
+    assert counts["ignored_files"] == 1
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of 1 images can be used; the first, .*a\.jpg: empty"):
+        ingest.run([str(tmp_path / "in")], str(tmp_path / "out"), small())
+    assert artifact.read_manifest(open_folder(tmp_path / "out")) is None
+
+
+def test_a_query_that_cannot_be_used_is_an_error(tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in (("a", jpeg(1)), ("b", jpeg(2)), ("q", b"broken")):
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(data)
+    lists = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [{"bbx": [0, 0, 9, 9], "easy": [0], "hard": [], "junk": []}]}
+    (tmp_path / "gt.json").write_text(json.dumps(lists))
+    with pytest.raises(GroundTruthError, match="image of query 'q' cannot be used: not_an_image"):
+        ingest.run([str(tmp_path / "in")], str(tmp_path / "out"), small(), groundtruth_uri=str(tmp_path / "gt.json"))
+
+
+def test_no_source() -> None:
+    with pytest.raises(InputError, match="no SOURCE given"):
+        ingest.run([], "/tmp/never", small())
+
+
+@pytest.mark.s3
+def test_s3_to_s3_gives_the_same_rows(s3: str, world: Path, images: Path, tmp_path: Path) -> None:
+    folder = open_folder(f"{s3}/{tmp_path.name}")
+    folder.write("benchmark.tar", (world / "benchmark.tar").read_bytes())
+    folder.write("groundtruth.json", (world / "groundtruth.json").read_bytes())
+    out = folder.address("images")
+    config = IngestConfig(shard_mb=0.03)
+    truth_uri = folder.address("groundtruth.json")
+    manifest = ingest.run([folder.address("benchmark.tar")], out, config, groundtruth_uri=truth_uri)
+    assert rows(out).equals(rows(images / "benchmark"))
+    assert manifest.fingerprint == artifact.require(images / "benchmark", "ingest")[1].fingerprint
+    assert "test-secret-value" not in folder.read("images/manifest.json").decode()
+    artifact.verify(out)
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+
+def test_kill_and_rerun_gives_the_same_rows(tmp_path: Path, ray_session: None, killed: Killed) -> None:
+    source = tmp_path / "photos.tar"
+    with tarfile.open(source, "w") as tar:
+        for n in range(400):
+            data = b"" if n % 50 == 7 else jpeg(n)
+            info = tarfile.TarInfo(f"jpg/{n:04d}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--set", "shard_mb=0.008"]
+    killed(command, tmp_path / "out")
+    committed = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.parquet")}
+    markers = {p.stem for p in (tmp_path / "out" / "_work" / "done").iterdir()}
+    config = IngestConfig(shard_mb=0.008)
+    resumed = ingest.run([str(source)], str(tmp_path / "out"), config)
+    whole = ingest.run([str(source)], str(tmp_path / "whole"), config)
+    assert resumed.files == whole.files
+    assert resumed.counts == whole.counts
+    assert resumed.counts["rejected"] == 8
+    assert rows(tmp_path / "out").column("id").to_pylist() == list(range(392))
+    for name, time_ns in committed.items():  # what was committed was not done again
+        if name.removeprefix("shard-").removesuffix(".parquet") in markers:
+            assert (tmp_path / "out" / name).stat().st_mtime_ns == time_ns
+    assert not list((tmp_path / "out").glob(".*tmp"))
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_two_processes_on_one_output(tmp_path: Path, ray_session: None, world: Path) -> None:
+    """One finishes, the other is told so; or both see the one finished artifact."""
+    command = [
+        sys.executable, "-m", "iir_dist", "ingest", str(world / "train.tar"), "--out", str(tmp_path / "out"),
+        "--set", "shard_mb=0.01",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "out" / "_work" / "plan.json").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, check=False)
+    first_error = first.communicate()[1].decode()
+    assert first.returncode == 0, first_error
+    if second.returncode:
+        assert f"is being written by process {first.pid}" in second.stderr.decode()
+        assert "Traceback" not in second.stderr.decode()
+    artifact.verify(tmp_path / "out")
+    assert sha256_of(tmp_path / "out" / "shard-00000.parquet")
