@@ -414,7 +414,9 @@ def s3_client() -> Any:
     retries: dict[str, Any] = {"mode": os.environ.get("AWS_RETRY_MODE", "adaptive")}
     retries["total_max_attempts"] = int(os.environ.get("AWS_MAX_ATTEMPTS", "8"))
     # A session of its own: boto3's default one would keep the credentials that it saw first.
-    return boto3.session.Session().client("s3", config=BotoConfig(max_pool_connections=32, retries=retries, read_timeout=60))
+    return boto3.session.Session().client(
+        "s3", config=BotoConfig(max_pool_connections=32, retries=retries, read_timeout=60)
+    )
 
 
 os.register_at_fork(after_in_child=s3_client.cache_clear)

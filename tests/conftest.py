@@ -70,7 +70,12 @@ def images(world: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: N
     from iir_dist import ingest
 
     root = tmp_path_factory.mktemp("images")
-    for name, split in (("benchmark", "db"), ("train", "train"), ("unlabelled", "train"), ("distractors", "distractor")):
+    for name, split in (
+        ("benchmark", "db"),
+        ("train", "train"),
+        ("unlabelled", "train"),
+        ("distractors", "distractor"),
+    ):
         config = ingest.IngestConfig.model_validate({"split": split, "shard_mb": 0.03})
         truth = str(world / "groundtruth.json") if name == "benchmark" else None
         ingest.run([str(world / f"{name}.tar")], str(root / name), config, groundtruth_uri=truth)

@@ -23,6 +23,7 @@ class Toy(StageConfig):
     execution: ClassVar[frozenset[str]] = frozenset({"workers"})
 
 
+DEFAULT = Toy()
 SOURCE = {"source": InputRef(uri="/data", fingerprint="a" * 64)}
 
 
@@ -33,7 +34,9 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}/out"
 
 
-def run(out: str, config: Toy = Toy(), inputs: dict[str, InputRef] = SOURCE, stop_after: int = 3, **options: Any) -> Any:  # noqa: B008
+def run(
+    out: str, config: Toy = DEFAULT, inputs: dict[str, InputRef] = SOURCE, stop_after: int = 3, **options: Any
+) -> Any:
     """A stage of three shards; gives the shards it worked on, or the manifest of a finished one."""
     worked = []
     with artifact.begin(out, "toy", config, inputs, **options) as work:

@@ -86,7 +86,7 @@ def test_batches_are_a_function_of_the_shard(images: Path) -> None:
 
 
 def test_half_precision_is_stored_on_request(images: Path, encoder: Path, embeddings: Path, tmp_path: Path) -> None:
-    embed.run(str(images / "distractors"), str(encoder), str(tmp_path / "e"), EmbedConfig(dtype="float16"))
+    embed.run(str(images / "distractors"), str(encoder), str(tmp_path / "e"), EmbedConfig(dtype="float16", workers=1))
     table = pq.read_table(tmp_path / "e" / "shard-00000.parquet")
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 512)
     half, full = all_rows(tmp_path / "e").vectors, all_rows(embeddings / "distractors").vectors
@@ -106,11 +106,9 @@ def test_an_image_that_fails_only_here_goes_to_the_ledger(images: Path, encoder:
     manifest = artifact.require(target, "ingest")[1]
     entry = artifact.FileEntry(size=shard.stat().st_size, sha256=artifact.sha256_of(shard))
     files = {**manifest.files, shard.name: entry}
-    changed = manifest.model_copy(
-        update={"files": files, "fingerprint": artifact.content_fingerprint("ingest", files)}
-    )
+    changed = manifest.model_copy(update={"files": files, "fingerprint": artifact.content_fingerprint("ingest", files)})
     (target / "manifest.json").write_text(changed.model_dump_json())
-    done = embed.run(str(target), str(encoder), str(tmp_path / "e"), EmbedConfig())
+    done = embed.run(str(target), str(encoder), str(tmp_path / "e"), EmbedConfig(workers=1))
     assert done.counts == {"in": 16, "out": 15, "rejected": 1}
     (line,) = pq.read_table(tmp_path / "e" / "rejected.parquet").to_pylist()
     assert line["name"] == rows[1]["name"]
@@ -126,7 +124,7 @@ def test_a_flipped_byte_in_an_images_shard_is_found_and_named(images: Path, enco
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CorruptError, match=r"shard-00001\.parquet has other content"):
-        embed.run(str(target), str(encoder), str(tmp_path / "e"), EmbedConfig())
+        embed.run(str(target), str(encoder), str(tmp_path / "e"), EmbedConfig(workers=1))
     assert artifact.read_manifest(open_folder(tmp_path / "e")) is None
 
 
@@ -135,8 +133,8 @@ def test_whitening_finished_vectors_equals_embedding_anew(
 ) -> None:
     base, white = str(encoder), str(tmp_path / "white")
     whiten.run(str(embeddings / "distractors"), base, white, whiten.WhitenConfig(dim=8, power=0.5))
-    fast = embed.run(str(embeddings / "benchmark"), white, str(tmp_path / "fast"), EmbedConfig())
-    embed.run(str(images / "benchmark"), white, str(tmp_path / "slow"), EmbedConfig())
+    fast = embed.run(str(embeddings / "benchmark"), white, str(tmp_path / "fast"), EmbedConfig(workers=1))
+    embed.run(str(images / "benchmark"), white, str(tmp_path / "slow"), EmbedConfig(workers=1))
     a, b = all_rows(tmp_path / "fast").vectors, all_rows(tmp_path / "slow").vectors
     assert a is not None
     assert b is not None
@@ -155,7 +153,7 @@ def test_mismatches_are_refused_with_both_fingerprints(embeddings: Path, encoder
     assert ours in str(error.value)
     assert theirs in str(error.value)
     with pytest.raises(MismatchError, match="give the images, or the encoder that was whitened"):
-        embed.run(str(embeddings / "benchmark"), other, str(tmp_path / "e"), EmbedConfig())
+        embed.run(str(embeddings / "benchmark"), other, str(tmp_path / "e"), EmbedConfig(workers=1))
     with pytest.raises(InputError, match="dim=15 or less"):
         whiten.run(str(embeddings / "distractors"), str(encoder), str(tmp_path / "w"), whiten.WhitenConfig(dim=16))
 
@@ -181,8 +179,8 @@ def test_kill_and_rerun_gives_the_same_rows(images: Path, tmp_path: Path, killed
     encoder = str(tmp_path / "encoder")
     make_encoder(encoder, EncoderConfig(backbone="resnet18", weights="random", size=192))
     killed(["embed", str(images / "benchmark"), "--encoder", encoder, "--out", str(tmp_path / "out")], tmp_path / "out")
-    resumed = embed.run(str(images / "benchmark"), encoder, str(tmp_path / "out"), EmbedConfig())
-    whole = embed.run(str(images / "benchmark"), encoder, str(tmp_path / "whole"), EmbedConfig())
+    resumed = embed.run(str(images / "benchmark"), encoder, str(tmp_path / "out"), EmbedConfig(workers=1))
+    whole = embed.run(str(images / "benchmark"), encoder, str(tmp_path / "whole"), EmbedConfig(workers=1))
     assert resumed.counts == whole.counts
     assert resumed.files == whole.files
     assert resumed.fingerprint == whole.fingerprint
@@ -195,6 +193,6 @@ def test_s3_to_s3(s3: str, images: Path, encoder: Path, embeddings: Path, tmp_pa
         for path in source.iterdir():
             folder.write(f"{part}/{path.name}", path.read_bytes())
     out = folder.address("embeddings")
-    manifest = embed.run(folder.address("images"), folder.address("encoder"), out, EmbedConfig())
+    manifest = embed.run(folder.address("images"), folder.address("encoder"), out, EmbedConfig(workers=1))
     assert manifest.fingerprint == artifact.require(embeddings / "distractors", "embed")[1].fingerprint
     artifact.verify(out)

@@ -191,7 +191,11 @@ def test_a_query_that_cannot_be_used_is_an_error(tmp_path: Path, ray_session: No
     (tmp_path / "in").mkdir()
     for name, data in (("a", jpeg(1)), ("b", jpeg(2)), ("q", b"broken")):
         (tmp_path / "in" / f"{name}.jpg").write_bytes(data)
-    lists = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [{"bbx": [0, 0, 9, 9], "easy": [0], "hard": [], "junk": []}]}
+    lists = {
+        "imlist": ["a", "b"],
+        "qimlist": ["q"],
+        "gnd": [{"bbx": [0, 0, 9, 9], "easy": [0], "hard": [], "junk": []}],
+    }
     (tmp_path / "gt.json").write_text(json.dumps(lists))
     with pytest.raises(GroundTruthError, match="image of query 'q' cannot be used: not_an_image"):
         ingest.run([str(tmp_path / "in")], str(tmp_path / "out"), small(), groundtruth_uri=str(tmp_path / "gt.json"))

@@ -49,7 +49,9 @@ def test_worked_by_hand() -> None:
     ranked, positive, ignored = ids(10, 20, 11, 30, 21, 12), ids(10, 11, 12, 13), ids(30)
     ranks = metrics.positive_ranks(ranked, positive, ignored)
     assert ranks.tolist() == [0, 2, 4]
-    assert metrics.average_precision(ranks, 4) == pytest.approx((1 + (0.5 + 2 / 3) / 2 + (0.5 + 0.6) / 2) / 4, abs=1e-15)
+    assert metrics.average_precision(ranks, 4) == pytest.approx(
+        (1 + (0.5 + 2 / 3) / 2 + (0.5 + 0.6) / 2) / 4, abs=1e-15
+    )
     assert metrics.exact_average_precision(ranks, 4) == pytest.approx((1 + 2 / 3 + 3 / 5) / 4, abs=1e-15)
     assert metrics.precision_at(ranks, 1) == 1.0
     assert metrics.precision_at(ranks, 4) == 0.5
@@ -106,7 +108,9 @@ def test_real_ground_truth_on_random_rankings(shared: Path, path: str, counted: 
     names = sorted(labelled) + [f"distractor_{i}" for i in range(500)]
     rankings = Rankings({q.name: rng.permutation(len(names)) for q in truth.queries}, names)
     found = score(rankings, truth)
-    assert {level: metrics.summarize([s.score for s in column])["num_queries"] for level, column in found.items()} == counted
+    assert {
+        level: metrics.summarize([s.score for s in column])["num_queries"] for level, column in found.items()
+    } == counted
     for level, (positive_labels, ignored_labels) in truth.levels().items():
         for query, scored in zip(truth.queries, found[level], strict=True):
             positive = {n for label in positive_labels for n in query.labels[label]}

@@ -1,5 +1,7 @@
 """Top-k and its merge against a full sort, ties included."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,11 +30,7 @@ def test_sharded_merge_equals_full_sort(
     ids = rng.permutation(1000)[:nb].astype(np.int64)
     expected = slow_top_k(scores, ids, k, larger)
     cuts = np.linspace(0, nb, shards + 1).astype(int)
-    parts = [
-        top_k(scores[:, a:b], ids[a:b], k, larger_is_better=larger)
-        for a, b in zip(cuts, cuts[1:], strict=False)
-        if b > a
-    ]
+    parts = [top_k(scores[:, a:b], ids[a:b], k, larger_is_better=larger) for a, b in pairwise(cuts) if b > a]
     found_scores, found = merge_top_k(parts, k, larger_is_better=larger)
     assert found.tolist() == expected
     position = {i: n for n, i in enumerate(ids.tolist())}

@@ -148,6 +148,8 @@ def index_search(folder: Folder, manifest: Manifest, nprobe: int | None, refine:
         actor.remote(folder, number, tuple(shard["rows"]), info["dim"], manifest.files)
         for number, shard in enumerate(info["shards"])
     ]
+    for ref in [shard.open.remote() for shard in shards]:
+        session.result_of(ref)
 
     def scan(xt: F32, lists: I64, scores: F32, k: int) -> list[Any]:
         arguments = [ray.put(a) for a in (xt, lists, scores)]

@@ -23,22 +23,30 @@ class Shard:
     def __init__(
         self, folder: Folder, number: int, rows: tuple[int, int], dim: int, files: dict[str, FileEntry]
     ) -> None:
+        self.folder, self.number, self.dim, self.files = folder, number, dim, files
+        self.start, self.stop = rows
+
+    def open(self) -> None:
+        """Verify and load; apart from the constructor so that its errors come back from an actor as themselves.
+
+        Raises:
+            CorruptError: a file is missing or not the one that was written.
+        """
         import faiss
 
         faiss.omp_set_num_threads(1)  # the fan-out over shards is the parallelism
-        self.start, self.stop = rows
-        name, vectors = shard_name(number, ".faiss"), shard_name(number, VECTORS_SUFFIX, VECTORS)
+        folder, count = self.folder, self.stop - self.start
+        name, vectors = shard_name(self.number, ".faiss"), shard_name(self.number, VECTORS_SUFFIX, VECTORS)
         for file in (name, vectors):
             # A flipped byte in a faiss file loads without complaint and answers wrongly.
-            artifact.check_file(folder, file, files[file])
-        count = self.stop - self.start
+            artifact.check_file(folder, file, self.files[file])
         if isinstance(folder, LocalFolder):
             self.index = faiss.read_index(str(folder.path / name), faiss.IO_FLAG_MMAP)
-            self.vectors = np.memmap(folder.path / vectors, np.float16, "r", shape=(count, dim))
+            self.vectors: Any = np.memmap(folder.path / vectors, np.float16, "r", shape=(count, self.dim))
         else:
             with folder.local(name) as path:
                 self.index = faiss.read_index(str(path))
-            self.vectors = np.frombuffer(folder.read(vectors), np.float16).reshape(count, dim)  # type: ignore[assignment]
+            self.vectors = np.frombuffer(folder.read(vectors), np.float16).reshape(count, self.dim)
         if self.index.ntotal != count:
             raise CorruptError(f"{folder.address(name)} holds {self.index.ntotal} vectors, its manifest says {count}")
 

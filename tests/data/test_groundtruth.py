@@ -143,7 +143,12 @@ def test_original_text_files(tmp_path: Path) -> None:
 def test_real_sets_have_their_published_sizes(shared: Path) -> None:
     truths = {
         name: groundtruth.read(shared / "groundtruth" / name)
-        for name in ("revisitop/gnd_roxford5k.pkl", "revisitop/gnd_rparis6k.pkl", "oxford5k_gt_files", "paris6k_gt_files")
+        for name in (
+            "revisitop/gnd_roxford5k.pkl",
+            "revisitop/gnd_rparis6k.pkl",
+            "oxford5k_gt_files",
+            "paris6k_gt_files",
+        )
     }
     sizes = [(len(t.queries), len(t.database or ())) for t in truths.values()]
     assert sizes == [(70, 4993), (70, 6322), (55, 0), (55, 0)]

@@ -55,7 +55,7 @@ def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str) -> None:
 
 def test_the_pixel_bound_is_the_callers() -> None:
     assert images.decode(encode(gradient()), max_megapixels=0.0008).size == (40, 20)
-    with pytest.raises(ImageError, match="40 x 20 px, allowed are 0.0007"):
+    with pytest.raises(ImageError, match=r"40 x 20 px, allowed are 0\.0007"):
         images.decode(encode(gradient()), max_megapixels=0.0007)
 
 

@@ -87,7 +87,12 @@ def test_quantized_ap(size: int, classes: int, bins: tuple[int, float, float], c
 
 
 @settings(max_examples=12)
-@given(size=st.integers(2, 7), temperature=st.sampled_from([0.1, 0.5]), chunk=st.integers(1, 9), seed=st.integers(0, 10_000))
+@given(
+    size=st.integers(2, 7),
+    temperature=st.sampled_from([0.1, 0.5]),
+    chunk=st.integers(1, 9),
+    seed=st.integers(0, 10_000),
+)
 def test_ntxent(size: int, temperature: float, chunk: int, seed: int) -> None:
     z, _ = batch(2 * size, 5, 1, seed)
     labels = torch.arange(size).repeat(2)
