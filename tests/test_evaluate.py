@@ -1,0 +1,177 @@
+"""Evaluation of rankings, ours and foreign, and the report about them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from iir_dist import artifact, evaluate, report
+from iir_dist.errors import GroundTruthError, InputError
+from iir_dist.evaluate import EvaluateConfig
+from iir_dist.index import search
+from iir_dist.index.search import SearchConfig
+
+GND: dict[str, Any] = {
+    "imlist": ["a", "b", "c", "d"],
+    "qimlist": ["q"],
+    "gnd": [{"bbx": [0, 0, 9, 9], "easy": [0], "hard": [2], "junk": [1]}],
+}
+
+
+def rankings(folder: Path, lists: dict[str, list[str]], **columns: object) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(q, r, n) for q, names in lists.items() for r, n in enumerate(names)]
+    queries, ranks, names = zip(*rows, strict=True)
+    pq.write_table(pa.table({"query": queries, "rank": ranks, "name": names, **columns}), folder / "r.parquet")
+    return str(folder)
+
+
+def truth(folder: Path, **changes: Any) -> str:
+    path = folder / "gt.json"
+    path.write_text(json.dumps({**GND, **changes}))
+    return str(path)
+
+
+def run(tmp_path: Path, lists: dict[str, list[str]], **changes: Any) -> dict[str, Any]:
+    out = tmp_path / "m"
+    evaluate.run(rankings(tmp_path / "r", lists), truth(tmp_path, **changes), str(out), EvaluateConfig())
+    result: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return result
+
+
+def test_levels_worked_by_hand(tmp_path: Path) -> None:
+    """List x, b, a, c, d; b is junk everywhere, c is ignored at Easy, a at Hard.
+
+    Easy: x a d -> a at rank 1: (0/1 + 1/2)/2 = 0.25. Hard: x c d -> the same.
+    Medium: x a c d -> ((0/1 + 1/2) + (1/2 + 2/3)) / (2 * 2) = 0.41666...
+    """
+    result = run(tmp_path, {"q": ["x", "b", "a", "c", "d"]})
+    values = {level: m["map"] for level, m in result["metrics"].items()}
+    assert values == pytest.approx({"easy": 0.25, "medium": 5 / 12, "hard": 0.25})
+    assert result["metrics"]["medium"]["mp@1"] == 0.0
+    assert result["metrics"]["medium"]["mp@5"] == pytest.approx(2 / 3)  # the last positive is third
+    assert result["protocol"]["name"] == "revisited"
+    assert result["protocol"]["list_depth"] == {"min": 5, "max": 5}
+    assert not result["protocol"]["verified"]
+    top = pq.read_table(tmp_path / "m" / "top.parquet").to_pylist()
+    assert [(t["name"], t["verdict"]) for t in top] == [
+        ("x", "wrong"), ("b", "ignored"), ("a", "right"), ("c", "right"), ("d", "wrong")
+    ]  # fmt: skip
+    per_query = pq.read_table(tmp_path / "m" / "per_query.parquet").to_pylist()
+    assert [(r["level"], r["num_positive"], r["num_found"]) for r in per_query] == [
+        ("easy", 1, 1), ("medium", 2, 2), ("hard", 1, 1)
+    ]  # fmt: skip
+
+
+def test_a_cut_list_is_a_lower_bound(tmp_path: Path) -> None:
+    result = run(tmp_path, {"q": ["a"]})
+    assert result["metrics"]["medium"]["map"] == 0.5
+    assert result["metrics"]["medium"]["num_positive"] == 2
+    assert result["metrics"]["medium"]["num_found"] == 1
+
+
+def test_names_match_by_their_last_component(tmp_path: Path) -> None:
+    result = run(tmp_path, {"oxford/q": ["oxford/a", "oxford/c", "oxford/d"]})
+    assert result["metrics"]["medium"]["map"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("lists", "part"),
+    [
+        ({"other": ["a"]}, r"1 of 1 queries of the ground truth have no list \(first 'q'\)"),
+        ({"q": ["a", "q"]}, "keeps out of the database"),
+    ],
+)
+def test_rankings_that_do_not_fit(tmp_path: Path, lists: dict[str, list[str]], part: str) -> None:
+    with pytest.raises(GroundTruthError, match=part):
+        run(tmp_path, lists)
+
+
+def test_broken_rankings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="names an image twice"):
+        run(tmp_path, {"q": ["a", "b", "a"]})
+    with pytest.raises(InputError, match="ranks of query 'q' are not 0, 1, 2"):
+        evaluate.run(
+            rankings(tmp_path / "gap", {"q": ["a", "b"]}, rank=[0, 2]), truth(tmp_path), str(tmp_path / "n"), EvaluateConfig()
+        )
+    pq.write_table(pa.table({"query": ["q"]}), tmp_path / "gap" / "r.parquet")
+    with pytest.raises(InputError, match="no column rank, name"):
+        evaluate.run(str(tmp_path / "gap"), truth(tmp_path), str(tmp_path / "n"), EvaluateConfig())
+    with pytest.raises(InputError, match="expected the output of search"):
+        evaluate.run(str(tmp_path / "nothing"), truth(tmp_path), str(tmp_path / "n"), EvaluateConfig())
+
+
+def test_a_protocol_can_be_insisted_on(tmp_path: Path) -> None:
+    with pytest.raises(GroundTruthError, match="--protocol original: .* is a ground truth of the revisited"):
+        evaluate.run(
+            rankings(tmp_path / "r", {"q": ["a"]}), truth(tmp_path), str(tmp_path / "m"), EvaluateConfig(protocol="original")
+        )
+
+
+class Page(HTMLParser):
+    """Collects tags, and fails on what a self-contained page must not have."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        assert tag not in ("script", "link", "iframe"), tag
+        for name in ("src", "href"):
+            value = dict(attrs).get(name) or "data:"
+            assert value.startswith(("data:image/jpeg;base64,", "data:", "#")), value
+
+    def classes(self, tag: str) -> list[str]:
+        return [a["class"] or "" for t, a in self.tags if t == tag and "class" in a]
+
+
+@pytest.mark.ray
+def test_the_report_shows_right_and_wrong(images: Path, embeddings: Path, tmp_path: Path) -> None:
+    benchmark = str(embeddings / "benchmark")
+    for name, database in (("alone", [benchmark]), ("more", [benchmark, str(embeddings / "distractors")])):
+        search.run(database, [benchmark], str(tmp_path / "r" / name), SearchConfig())
+        evaluate.run(str(tmp_path / "r" / name), str(images / "benchmark"), str(tmp_path / "m" / name), EvaluateConfig())
+    metrics = [str(tmp_path / "m" / name) for name in ("alone", "more")]
+    photos = [str(images / "benchmark"), str(images / "distractors")]
+    config = report.ReportConfig(title="<b>Tests & more</b>", queries=3, depth=5)
+    report.run(metrics, photos, str(tmp_path / "report"), config)
+    assert [p.name for p in (tmp_path / "report").iterdir() if p.suffix == ".html"] == ["index.html"]
+    text = (tmp_path / "report" / "index.html").read_text()
+    page = Page(text)
+    assert "&lt;b&gt;Tests &amp; more&lt;/b&gt;" in text
+    assert "<b>Tests" not in text
+    assert page.classes("img").count("query") == 6  # three queries, two runs
+    top = [
+        row
+        for name in ("alone", "more")
+        for row in pq.read_table(tmp_path / "m" / name / "top.parquet").to_pylist()
+        if row["rank"] < 5 and f"<strong>{row['query']}</strong>" in text
+    ]
+    assert len(top) == 30
+    for verdict in ("right", "wrong", "ignored"):
+        assert page.classes("img").count(verdict) == sum(row["verdict"] == verdict for row in top)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # easy, medium, hard
+    for name in ("alone", "more"):
+        _, manifest = artifact.require(tmp_path / "m" / name, "evaluate")
+        for m in manifest.info["metrics"].values():
+            assert f"{m['map']:.3f}" in text
+        assert manifest.info["protocol"]["complete_lists"]
+        assert manifest.info["protocol"]["encoder"]["size"] == 64
+    more = artifact.require(tmp_path / "m" / "more", "evaluate")[1].info
+    assert more["protocol"]["database_rows"] == 32 + 16
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no evaluation given"):
+        report.run([], [], str(tmp_path), report.ReportConfig())
+    with pytest.raises(InputError, match="has 1 names for 2 evaluations"):
+        report.run(["a", "b"], [], str(tmp_path), report.ReportConfig(labels=("x",)))
