@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class DemoConfig(StageConfig):
     """`[demo]`."""
 
-    pretrain_steps: int = Field(60, ge=1)
+    pretrain_steps: int = Field(45, ge=1)
     """Of 64 photos in two views of 64 px, about 1.2 s each on two cores."""
-    finetune_steps: int = Field(20, ge=1)
+    finetune_steps: int = Field(16, ge=1)
     """Of 76 photos, 3 s each for the classifier at 192 px and 2.3 s for the contrastive network at 128 px."""
     workers: int = Field(2, ge=1)
     """Training workers."""
@@ -130,7 +130,7 @@ def run(
         finetune.run(
             [at("images", "train")], at("encoders", name), at("encoders", f"{name}-ap"),
             finetune.FinetuneConfig(
-                projection=projection, size=size, classes=19, per_class=4, chunk=8, steps=config.finetune_steps,
+                projection=projection, size=size, classes=19, per_class=4, chunk=4, steps=config.finetune_steps,
                 workers=config.workers, checkpoint_every=10,
             ), force=force,
         )  # fmt: skip

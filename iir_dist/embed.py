@@ -43,8 +43,8 @@ class EmbedConfig(StageConfig):
 
     dtype: Literal["float32", "float16"] = "float32"
     """Of the stored vectors."""
-    batch_megapixels: float = Field(0.81, gt=0)
-    """Pixels in one forward pass, in millions (16 images of 224 x 224); a GPU wants about 13."""
+    batch_megapixels: float = Field(0.41, gt=0)
+    """Pixels in one forward pass, in millions (8 images of 224 x 224, enough for a CPU); a GPU wants about 13."""
     workers: int | None = Field(None, ge=1)
     """Embedding actors; all GPUs, else all CPUs, where not set."""
     execution: ClassVar[frozenset[str]] = frozenset({"workers"})
@@ -183,6 +183,8 @@ def _vectors(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    # One batch a block: with Ray's 128 MB a small set would be a single block, and all but one actor idle.
+    context.target_max_block_size = int(config.batch_megapixels * 3e6)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = (
         ray.data.from_items([{"shard": n} for n in pending], override_num_blocks=len(pending))

@@ -60,7 +60,10 @@ def test_every_command_explains_itself(name: str) -> None:
         (["index", "OUT/nothing", "--out", "OUT/x"], ["nothing", "expected the output of embed"]),
         (["search", "OUT/nothing", "--queries", "OUT/nothing", "--out", "OUT/x"], ["no manifest.json"]),
         (["evaluate", "OUT/nothing", "--groundtruth", "OUT/none.pkl", "--out", "OUT/x"], ["no manifest.json"]),
-        (["encoder", "--out", "OUT/x", "--set", "backbone=vgg"], ["encoder.backbone = 'vgg'", "known: efficientnet_lite0"]),
+        (
+            ["encoder", "--out", "OUT/x", "--set", "backbone=vgg"],
+            ["encoder.backbone = 'vgg'", "known: efficientnet_lite0"],
+        ),
         (["encoder", "--out", "OUT/x", "--set", "sise=3"], ["encoder.sise is not a known key", "known: backbone"]),
         (["encoder", "--out", "OUT/x", "--config", "OUT/none.toml"], ["cannot read the config file", "none.toml"]),
         (["verify", "OUT"], ["no manifest.json", "nothing to verify"]),
@@ -88,7 +91,9 @@ def test_usage_errors(tmp_path: Path) -> None:
 
 
 def test_stages_by_config_file_and_settings(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("[encoder]\nbackbone = 'resnet18'\nweights = 'random'\nsize = 96\n[index]\nshards = 4\n")
+    (tmp_path / "c.toml").write_text(
+        "[encoder]\nbackbone = 'resnet18'\nweights = 'random'\nsize = 96\n[index]\nshards = 4\n"
+    )
     arguments = ["encoder", "--out", str(tmp_path / "e"), "--config", str(tmp_path / "c.toml"), "--set", "p=2.0"]
     code, output = iir(*arguments)
     assert code == 0

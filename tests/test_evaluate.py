@@ -98,7 +98,10 @@ def test_broken_rankings_are_refused(tmp_path: Path) -> None:
         run(tmp_path, {"q": ["a", "b", "a"]})
     with pytest.raises(InputError, match="ranks of query 'q' are not 0, 1, 2"):
         evaluate.run(
-            rankings(tmp_path / "gap", {"q": ["a", "b"]}, rank=[0, 2]), truth(tmp_path), str(tmp_path / "n"), EvaluateConfig()
+            rankings(tmp_path / "gap", {"q": ["a", "b"]}, rank=[0, 2]),
+            truth(tmp_path),
+            str(tmp_path / "n"),
+            EvaluateConfig(),
         )
     pq.write_table(pa.table({"query": ["q"]}), tmp_path / "gap" / "r.parquet")
     with pytest.raises(InputError, match="no column rank, name"):
@@ -108,9 +111,12 @@ def test_broken_rankings_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_protocol_can_be_insisted_on(tmp_path: Path) -> None:
-    with pytest.raises(GroundTruthError, match="--protocol original: .* is a ground truth of the revisited"):
+    with pytest.raises(GroundTruthError, match=r"--protocol original: .* is a ground truth of the revisited"):
         evaluate.run(
-            rankings(tmp_path / "r", {"q": ["a"]}), truth(tmp_path), str(tmp_path / "m"), EvaluateConfig(protocol="original")
+            rankings(tmp_path / "r", {"q": ["a"]}),
+            truth(tmp_path),
+            str(tmp_path / "m"),
+            EvaluateConfig(protocol="original"),
         )
 
 
@@ -139,7 +145,9 @@ def test_the_report_shows_right_and_wrong(images: Path, embeddings: Path, tmp_pa
     benchmark = str(embeddings / "benchmark")
     for name, database in (("alone", [benchmark]), ("more", [benchmark, str(embeddings / "distractors")])):
         search.run(database, [benchmark], str(tmp_path / "r" / name), SearchConfig())
-        evaluate.run(str(tmp_path / "r" / name), str(images / "benchmark"), str(tmp_path / "m" / name), EvaluateConfig())
+        evaluate.run(
+            str(tmp_path / "r" / name), str(images / "benchmark"), str(tmp_path / "m" / name), EvaluateConfig()
+        )
     metrics = [str(tmp_path / "m" / name) for name in ("alone", "more")]
     photos = [str(images / "benchmark"), str(images / "distractors")]
     config = report.ReportConfig(title="<b>Tests & more</b>", queries=3, depth=5)

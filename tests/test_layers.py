@@ -27,9 +27,11 @@ FAISS = {"index/build", "index/shard", "doctor"}
 
 def modules() -> dict[str, ast.Module]:
     return {
-        path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__").removesuffix("__init__"): ast.parse(
-            path.read_text()
-        )
+        path.relative_to(PACKAGE)
+        .with_suffix("")
+        .as_posix()
+        .removesuffix("/__init__")
+        .removesuffix("__init__"): ast.parse(path.read_text())
         for path in sorted(PACKAGE.rglob("*.py"))
     }
 

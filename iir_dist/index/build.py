@@ -110,17 +110,20 @@ def run(embeddings: list[str], out: str, config: IndexConfig, *, force: bool = F
         todo = plan(collection.num_rows, collection.dim, config)
         log.info("index: %s", todo.summary(collection.num_rows, collection.dim))
         ray = session.connect()
-        template = _template(work, ray, collection, todo, config.seed)
         done = work.done()
-        pending = [n for n in range(len(todo.ranges)) if n not in done]
-        task = ray.remote(fill)
-        tasks = {task.remote(work.folder, template.sha256, n, todo.ranges[n], collection): n for n in pending}
         finished = sum(done[n].counts["rows"] for n in range(len(todo.ranges)) if n in done)
         with Progress("index", collection.num_rows, "vectors", done=finished) as progress:
+            template = _template(work, ray, collection, todo, config.seed)
+            task = ray.remote(fill)
+            tasks = {
+                task.remote(work.folder, template.sha256, n, rows, collection): rows
+                for n, rows in enumerate(todo.ranges)
+                if n not in done
+            }
             while tasks:
                 for ref in ray.wait(list(tasks), num_returns=1)[0]:
                     session.result_of(ref)
-                    start, stop = todo.ranges[tasks.pop(ref)]
+                    start, stop = tasks.pop(ref)
                     progress.advance(stop - start)
         with work.folder.publish(NAMES_FILE) as file:
             pq.write_table(names, file.path, compression="zstd")
