@@ -9,6 +9,7 @@ are there, so memory holds only the vectors of the shards in flight.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -171,6 +172,9 @@ def _vectors(
     spec = read_spec(open_folder(encoder_uri))
     cpus, gpus = session.cluster_cpus(), session.cluster_gpus()
     workers = config.workers or gpus or cpus
+    # No more actors than there are batches: each costs seconds and a gigabyte to start.
+    batches_at_most = manifest.counts["rows"] * spec.size**2 / (config.batch_megapixels * 1e6)
+    workers = max(1, min(workers, math.ceil(batches_at_most)))
     # On CPUs the forward passes take four fifths of each core; decoding, a tenth of the work, runs in what is left.
     share = {"num_gpus": min(1.0, gpus / workers), "num_cpus": 1.0} if gpus else {"num_cpus": 0.8 * cpus / workers}
     threads = 1 if gpus else max(1, cpus // workers)
@@ -194,7 +198,7 @@ def _vectors(
             fn_constructor_args=(encoder_uri, threads),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
             **share,
         )
     )

@@ -38,7 +38,7 @@ def test_from_photos_to_a_report(world: Path, tmp_path: Path, ray_session: None)
     for name in ("images", "distractors"):
         iir("embed", t / f"raw-{name}", "--encoder", t / "white", "--out", t / f"e-{name}")
     vectors = [t / "e-images", t / "e-distractors"]
-    iir("index", *vectors, "--out", t / "index", "--set", "shards=3", "--set", "factory=OPQ4_8,IVF4,PQ4x4np")
+    iir("index", *vectors, "--out", t / "index", "--set", "shards=3", "--set", "factory=PCA8,IVF4,PQ4x4np")
     iir("search", *vectors, "--queries", t / "e-images", "--out", t / "exact")
     iir("search", t / "index", "--queries", t / "e-images", "-k", 20, "--out", t / "indexed", "--set", "nprobe=4")
     for name in ("exact", "indexed"):
