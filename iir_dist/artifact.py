@@ -16,16 +16,8 @@ killed at any moment is continued by the same command; only unfinished shards ar
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import json
-import os
-import platform
-import socket
-import subprocess
-import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +27,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.errors import ArtifactError, BusyError, CorruptError, InputError, MismatchError, NotFoundError
-from iir_dist.storage import Folder, LocalFolder, Publication, S3Folder, open_folder, sha256_of
+from iir_dist.lock import lock
+from iir_dist.provenance import git_commit, versions
+from iir_dist.storage import Folder, Publication, open_folder, sha256_of
 
 SCHEMA_VERSION = 1
 ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
@@ -44,8 +38,6 @@ MANIFEST = "manifest.json"
 WORK = "_work/"
 LOGS = (".jsonl", ".pt")
 """Files that tell how a run went (logs, optimizer state); they do not count towards the fingerprint."""
-
-_PACKAGES = ("iir-dist", "ray", "torch", "torchvision", "faiss-gpu", "faiss-cpu", "pyarrow", "numpy", "pillow")
 
 
 class FileEntry(BaseModel):
@@ -296,7 +288,7 @@ def begin(
     if not force and _is_finished(work):
         yield work
         return
-    with _lock(folder):
+    with lock(folder):
         if force:
             _discard(folder)
         elif _is_finished(work):  # by the process that held the lock before us
@@ -371,142 +363,6 @@ def _discard(folder: Folder) -> None:
     for name in sorted(names):
         folder.delete(name)
     folder.delete_all(WORK)
-
-
-# ------------------------------------------------------------------------------------------------ one writer at a time
-
-
-def _lock(folder: Folder) -> contextlib.AbstractContextManager[None]:
-    return _local_lock(folder) if isinstance(folder, LocalFolder) else _s3_lease(folder)  # type: ignore[arg-type]
-
-
-def _owner() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
-        "token": uuid.uuid4().hex,
-    }
-
-
-def _process_start(pid: int) -> str:
-    """A value that tells a process from a later one with the same number; empty where it is gone or unknown."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _busy(folder: Folder, owner: Mapping[str, Any]) -> BusyError:
-    return BusyError(
-        f"{folder.uri} is being written by process {owner.get('pid')} on {owner.get('host')}; "
-        "wait for it, stop it, or give another --out"
-    )
-
-
-@contextlib.contextmanager
-def _local_lock(folder: LocalFolder) -> Iterator[None]:
-    """A kernel lock on `.lock`: it goes with the process, however that ends."""
-    import fcntl
-
-    path = folder.path / ".lock"
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.read(descriptor, 4096)
-            os.close(descriptor)
-            raise _busy(folder, json.loads(text or b"{}")) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                break
-        os.close(descriptor)  # its last owner removed the file between our open and our lock
-    try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, json.dumps(_owner()).encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-LEASE_SECONDS = 60.0
-"""A lease on S3 that was not renewed for so long belongs to a process that is gone."""
-
-
-@contextlib.contextmanager
-def _s3_lease(folder: S3Folder) -> Iterator[None]:
-    """A lease object, taken and renewed by conditional PUT and aged by the server's clock alone."""
-    name = f"{WORK}lease.json"
-    owner = _owner()
-    body = json.dumps(owner).encode()
-    etag = folder.put_if(name, body, IfNoneMatch="*")
-    if etag is None:
-        try:
-            etag_there, age = folder.age(name)
-            holder = json.loads(folder.read(name))
-        except NotFoundError:
-            raise _busy(folder, {}) from None
-        ours = holder.get("token") == owner["token"]  # the PUT arrived, its answer did not, boto3 tried again
-        same_host = holder.get("host") == owner["host"]
-        gone = ours or (same_host and _process_start(int(holder["pid"])) != holder.get("started"))
-        if age < LEASE_SECONDS and not gone:
-            raise _busy(folder, holder)
-        etag = folder.put_if(name, body, IfMatch=etag_there)
-        if etag is None:
-            raise _busy(folder, {})
-    stop = threading.Event()
-
-    def renew() -> None:
-        current = etag
-        while not stop.wait(LEASE_SECONDS / 4):
-            # The token changes nothing; writing the same bytes renews LastModified. A lost lease is not
-            # fought for: the manifest is created conditionally, so only one of two writers can finish.
-            with contextlib.suppress(Exception):
-                current = folder.put_if(name, body, IfMatch=current) or current
-
-    thread = threading.Thread(target=renew, daemon=True, name="iir-lease")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with contextlib.suppress(Exception):
-            folder.delete(name)
-
-
-# ------------------------------------------------------------------------------------------------ provenance
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results, where installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of the checkout this program runs from, `+dirty` where files differ; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
-            return None
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def combine(refs: Iterable[InputRef]) -> InputRef:

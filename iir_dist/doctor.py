@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from iir_dist.artifact import versions
 from iir_dist.errors import IirError
+from iir_dist.provenance import versions
 from iir_dist.session import cpu_count
 from iir_dist.storage import open_folder
 

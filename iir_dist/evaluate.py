@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iir_dist import artifact, metrics
-from iir_dist.artifact import InputRef, Manifest, versions
+from iir_dist.artifact import InputRef, Manifest
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.data import groundtruth
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.rankings import Rankings, open_rankings
 from iir_dist.errors import GroundTruthError
 from iir_dist.metrics import QueryScore
+from iir_dist.provenance import versions
 
 KS = (1, 5, 10)
 TOP = 20

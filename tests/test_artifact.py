@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from iir_dist import artifact
+from iir_dist import artifact, lock
 from iir_dist.artifact import InputRef, Manifest
 from iir_dist.config import StageConfig
 from iir_dist.errors import ArtifactError, BusyError, CorruptError, InputError, MismatchError
@@ -170,7 +170,7 @@ def test_a_lease_that_nobody_renews_runs_out(s3: str, tmp_path: Path, monkeypatc
     folder.write("_work/lease.json", json.dumps(owner).encode())
     with pytest.raises(BusyError, match="a-host-that-is-gone"):
         run(folder.uri)
-    monkeypatch.setattr(artifact, "LEASE_SECONDS", -1.0)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", -1.0)
     with artifact.begin(folder.uri, "toy", Toy(), SOURCE):
         pass
 

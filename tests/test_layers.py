@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "iir_dist"
 LAYERS = [
-    {"", "errors", "vectors", "metrics", "progress"},
+    {"", "errors", "vectors", "metrics", "progress", "provenance"},
     {"config", "storage"},
-    {"artifact", "session"},
+    {"lock", "session"},
+    {"artifact"},
     {"data"},
     {"models", "losses"},
     {"train"},

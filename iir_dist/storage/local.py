@@ -1,0 +1,135 @@
+"""A folder on the local disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from iir_dist.errors import NotFoundError, StorageError
+from iir_dist.storage.folder import Entry, Folder, Publication, sha256_of
+
+
+class LocalFolder(Folder):
+    """A directory on the local disk (or a mount); made on first write."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        super().__init__(str(self.path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self.path),)
+
+    def child(self, name: str) -> LocalFolder:
+        return LocalFolder(self.path / name)
+
+    def read(self, name: str) -> bytes:
+        with local_errors(self.address(name)):
+            return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.publish(name) as file:
+            file.path.write_bytes(data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        target = self.path / name
+        with local_errors(self.address(name)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _temporary_beside(target)
+            try:
+                temporary.write_bytes(data)
+                _sync(temporary)
+                os.link(temporary, target)  # unlike rename, a link never replaces what is there
+                _sync(target.parent)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+        return True
+
+    @contextlib.contextmanager
+    def publish(self, name: str) -> Iterator[Publication]:
+        target = self.path / name
+        with local_errors(self.address(name)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _temporary_beside(target)
+            publication = Publication(temporary)
+            try:
+                yield publication
+                publication.size, publication.sha256 = temporary.stat().st_size, sha256_of(temporary)
+                _sync(temporary)
+                os.replace(temporary, target)
+                _sync(target.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        if not path.is_file():
+            raise NotFoundError(f"{path} does not exist")
+        yield path
+
+    def open(self, name: str) -> BinaryIO:
+        with local_errors(self.address(name)):
+            return open(self.path / name, "rb")
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        names = []
+        for root, _, files in os.walk(self.path, followlinks=True):
+            for file in files:
+                name = os.path.relpath(os.path.join(root, file), self.path).replace(os.sep, "/")
+                if name.startswith(prefix):
+                    names.append(name)
+        for name in sorted(names):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
+                stat = (self.path / name).stat()
+                yield Entry(name, stat.st_size, str(stat.st_mtime_ns))
+
+    def delete(self, name: str) -> None:
+        with local_errors(self.address(name)):
+            (self.path / name).unlink(missing_ok=True)
+
+    def delete_all(self, prefix: str) -> None:
+        super().delete_all(prefix)
+        if prefix.endswith("/"):
+            shutil.rmtree(self.path / prefix, ignore_errors=True)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+
+def _temporary_beside(target: Path) -> Path:
+    # The leading dot hides it from Parquet readers; the random part keeps two writers apart.
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def local_errors(address: str) -> Iterator[None]:
+    """Turn what the system says of a local path into errors that say what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{error.filename or address} does not exist") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"no space left on the disk that holds {address}; free some and run the same command again, "
+                "what is finished is kept"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise StorageError(f"cannot use {error.filename or address}: {error.strerror}") from error
+        raise
