@@ -110,7 +110,7 @@ out = click.option("--out", required=True, metavar="DIR", help="Output folder or
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @out
 @click.option("--groundtruth", metavar="PATH", help="gnd_*.pkl, a JSON of that structure, or a folder of *_query.txt.")
-@click.option("--split", type=click.Choice(["db", "train", "distractor"]), help="Split of the rows.")
+@click.option("--split", type=click.Choice(["db", "query", "train", "distractor"]), help="Split of the rows.")
 def ingest(
     config: Any, sources: tuple[str, ...], out: str, groundtruth: str | None, split: str | None, force: bool
 ) -> None:

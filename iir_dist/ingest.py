@@ -24,7 +24,7 @@ from iir_dist.data import groundtruth
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.images import MAX_MEGAPIXELS, decode
 from iir_dist.data.sources import Listing, Member, Reader, label_of, list_sources
-from iir_dist.errors import GroundTruthError, ImageError, InputError
+from iir_dist.errors import ConfigError, GroundTruthError, ImageError, InputError
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder
 
@@ -50,8 +50,8 @@ ROW_GROUP_BYTES = 16 * 2**20
 class IngestConfig(StageConfig):
     """`[ingest]`."""
 
-    split: Literal["db", "train", "distractor"] = "db"
-    """Split of the rows; queries of a ground truth get the split `query`."""
+    split: Literal["db", "query", "train", "distractor"] = "db"
+    """Split of the rows: `query` for photos to search with; queries of a ground truth have it anyway."""
     shard_mb: float = Field(256, gt=0, le=1024)
     """Target size of a shard, in MB of image bytes."""
     max_megapixels: float = Field(MAX_MEGAPIXELS, gt=0, le=178)
@@ -211,6 +211,11 @@ def run(
         InputError: no source, no image, or none that can be used.
         GroundTruthError: the ground truth does not fit.
     """
+    if groundtruth_uri and config.split == "query":
+        raise ConfigError(
+            "ingest.split = 'query' makes every photo a query, and a ground truth needs a database to search; "
+            "give one of the two"
+        )
     if not sources:
         raise InputError("no SOURCE given; expected folders, .tar or .zip files, local or s3://")
     started = time.monotonic()

@@ -23,7 +23,7 @@ from iir_dist import artifact, ingest
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.images import REASONS
 from iir_dist.data.sources import Listing, Member
-from iir_dist.errors import GroundTruthError, InputError
+from iir_dist.errors import ConfigError, GroundTruthError, InputError
 from iir_dist.ingest import IngestConfig
 from iir_dist.storage import open_folder, sha256_of
 
@@ -199,6 +199,17 @@ def test_a_query_that_cannot_be_used_is_an_error(tmp_path: Path, ray_session: No
     (tmp_path / "gt.json").write_text(json.dumps(lists))
     with pytest.raises(GroundTruthError, match="image of query 'q' cannot be used: not_an_image"):
         ingest.run([str(tmp_path / "in")], str(tmp_path / "out"), small(), groundtruth_uri=str(tmp_path / "gt.json"))
+
+
+def test_photos_to_search_with(tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg())
+    ingest.run([str(tmp_path / "photos")], str(tmp_path / "out"), small(split="query"))
+    assert rows(tmp_path / "out").select(["name", "split", "box"]).to_pylist() == [
+        {"name": "a", "split": "query", "box": None}
+    ]
+    with pytest.raises(ConfigError, match="a ground truth needs a database"):
+        ingest.run(["x"], str(tmp_path / "b"), small(split="query"), groundtruth_uri="gnd.json")
 
 
 def test_no_source() -> None:

@@ -66,7 +66,8 @@ def open_queries(uris: Sequence[str]) -> tuple[tuple[Embeddings, ...], list[str]
     xq = np.concatenate([b.vectors for b in blocks if b.vectors is not None])
     if not len(names):
         raise InputError(
-            f"{' '.join(uris)} holds no row of split 'query'; ingest with --groundtruth, or drop the column"
+            f"{' '.join(uris)} holds no row of split 'query'; ingest the photos to search with by --split query or "
+            "--groundtruth, or drop the column"
         )
     if len(set(names)) != len(names):
         raise InputError(f"{' '.join(uris)} holds {len(names) - len(set(names))} queries of the same name")
