@@ -36,8 +36,8 @@ ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
 """Stages that write an encoder."""
 MANIFEST = "manifest.json"
 WORK = "_work/"
-LOGS = (".jsonl", ".pt")
-"""Files that tell how a run went (logs, optimizer state); they do not count towards the fingerprint."""
+LOGS = (".jsonl", ".pt", "rejected.parquet")
+"""Files that tell how a run went (logs, optimizer state, what was refused); they do not count towards the fingerprint."""
 
 
 class FileEntry(BaseModel):
@@ -265,6 +265,26 @@ class Work:
             raise BusyError(
                 f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
             )
+        self.folder.delete_all(WORK)
+        return manifest
+
+    def amend(
+        self, old: Manifest, counts: Mapping[str, int], files: Mapping[str, FileEntry], info: Mapping[str, Any]
+    ) -> Manifest:
+        """Replace the manifest of a finished artifact by one with the shards of this run added, and other counts.
+
+        What the artifact was made from stays as it was.
+        """
+        added = {name: entry for marker in self._markers() for name, entry in marker.files.items()}
+        entries = {**old.files, **added, **files}
+        manifest = old.model_copy(
+            update={
+                "fingerprint": content_fingerprint(self.stage, entries), "counts": dict(counts),
+                "info": {**old.info, **info}, "files": dict(sorted(entries.items())), "versions": versions(),
+                "git_commit": git_commit(),
+            }
+        )  # fmt: skip
+        self.folder.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
         self.folder.delete_all(WORK)
         return manifest
 

@@ -72,8 +72,12 @@ def stage(name: str, config: str) -> Callable[[F], click.Command]:
     def decorate(function: F) -> click.Command:
         def call(config_file: str | None, settings: tuple[str, ...], **arguments: Any) -> None:
             from iir_dist.config import load
+            from iir_dist.storage import StorageConfig
 
-            function(load(_model(config), name, config_file, settings), **arguments)
+            shared = [s.removeprefix("storage.") for s in settings if s.startswith("storage.")]
+            load(StorageConfig, "storage", config_file, shared).to_environment()
+            own = [s for s in settings if not s.startswith("storage.")]
+            function(load(_model(config), name, config_file, own), **arguments)
 
         call.__doc__ = function.__doc__
         call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
@@ -110,16 +114,33 @@ out = click.option("--out", required=True, metavar="DIR", help="Output folder or
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @out
 @click.option("--groundtruth", metavar="PATH", help="gnd_*.pkl, a JSON of that structure, or a folder of *_query.txt.")
+@click.option("--labels", metavar="FILE", help="CSV or Parquet with name and label; else labels are folder names.")
 @click.option("--split", type=click.Choice(["db", "query", "train", "distractor"]), help="Split of the rows.")
+@click.option("--dedupe", is_flag=True, help="Leave out images whose bytes an earlier one has.")
+@click.option("--max-rejected", type=click.FloatRange(0, 1), help="Fraction with which it still succeeds; 0.01.")
+@click.option(
+    "--retry-rejected", is_flag=False, flag_value="unreadable,changed", metavar="[REASON,...]",
+    help="Try again what a finished run rejected; unreadable,changed where no reason is given.",
+)  # fmt: skip
 def ingest(
-    config: Any, sources: tuple[str, ...], out: str, groundtruth: str | None, split: str | None, force: bool
+    config: Any,
+    sources: tuple[str, ...],
+    out: str,
+    groundtruth: str | None,
+    labels: str | None,
+    retry_rejected: str | None,
+    force: bool,
+    **given: Any,
 ) -> None:
-    """Pack raw photos (folders, .tar, .zip; local or s3://) into images/."""
+    """Pack raw photos into images/: folders, tars, zips, lists (.csv, .parquet); local, s3:// or http(s)://."""
     from iir_dist.ingest import run
 
-    config = config.model_copy(update={"split": split}) if split else config
-    manifest = run(list(sources), out, config, groundtruth_uri=groundtruth, force=force)
-    _done(out, manifest, "in", "out", "rejected", "rows", "queries")
+    config = config.model_copy(update={key: value for key, value in given.items() if value is not None and value is not False})
+    retry = tuple(retry_rejected.split(",")) if retry_rejected else ()
+    manifest = run(
+        list(sources), out, config, groundtruth_uri=groundtruth, labels_uri=labels, retry=retry, force=force
+    )
+    _done(out, manifest, "in", "out", "rejected", "rows", "queries", "duplicates")
     if manifest.counts["rejected"]:
         click.echo(
             f"{manifest.counts['rejected']} images were rejected; see {out.rstrip('/')}/rejected.parquet", err=True

@@ -22,6 +22,10 @@ STAGES = (
 )  # fmt: skip
 
 
+TABLES = (*STAGES, "storage")
+"""Of a config file."""
+
+
 class StageConfig(BaseModel):
     """Base of every stage's config.
 
@@ -60,8 +64,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} is not valid TOML: {error}") from error
     for name, table in tables.items():
-        if name not in STAGES or not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name!r} is not a table of a stage; known tables: {', '.join(STAGES)}")
+        if name not in TABLES or not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name!r} is not a table of a stage; known tables: {', '.join(TABLES)}")
     return tables
 
 

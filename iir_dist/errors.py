@@ -10,7 +10,9 @@
     │   ├── CorruptError         its files are not those that its manifest lists
     │   └── BusyError            another process is writing it
     ├── StorageError         the file system or object store refused
-    │   └── NotFoundError        there is nothing at that address
+    │   ├── NotFoundError        there is nothing at that address
+    │   ├── ChangedError         what is there is not what was listed
+    │   └── UnreachableError     no answer for as long as patience lasted; the same command goes on later
     └── TrainingError        a training stopped itself (loss not finite, worker lost for good)
 
 A message carries the value, what was expected and the remedy. All of them survive pickling, because
@@ -77,6 +79,14 @@ class StorageError(IirError):
 
 class NotFoundError(StorageError):
     """There is nothing at that address."""
+
+
+class ChangedError(StorageError):
+    """What is there is not what was listed."""
+
+
+class UnreachableError(StorageError):
+    """No answer for as long as patience lasted."""
 
 
 class TrainingError(IirError):

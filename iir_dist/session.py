@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from iir_dist.errors import IirError
+from iir_dist.storage.settings import forwarded
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no call home
@@ -38,7 +39,7 @@ def connect() -> Any:
 
     if ray.is_initialized():
         return ray
-    environment = {"env_vars": KEEP_FREED_MEMORY}
+    environment = {"env_vars": KEEP_FREED_MEMORY | forwarded()}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         with _silent_stderr():

@@ -124,7 +124,7 @@ def killed() -> Callable[[list[str], Path], None]:
             assert process.stdout is not None
             deadline = time.monotonic() + 120
             done = out / "_work" / "done"
-            while not (done.is_dir() and any(done.iterdir())):
+            while not (done.is_dir() and any(path.stem.isdigit() for path in done.iterdir())):
                 assert process.poll() is None, process.stdout.read().decode()
                 assert time.monotonic() < deadline
                 time.sleep(0.005)

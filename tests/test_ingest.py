@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -22,9 +23,11 @@ from PIL import Image
 from iir_dist import artifact, ingest
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.images import REASONS
-from iir_dist.data.sources import Listing, Member
+from iir_dist.data.listing import MEMBERS, Listing
+from iir_dist.data.sources import Member
 from iir_dist.errors import ConfigError, GroundTruthError, InputError
 from iir_dist.ingest import IngestConfig
+from iir_dist.ingest.plan import Plan, plan
 from iir_dist.storage import open_folder, sha256_of
 
 pytestmark = pytest.mark.ray
@@ -54,15 +57,18 @@ def ledger(out: Path | str) -> dict[str, str]:
 
 
 def small(**changes: object) -> IngestConfig:
-    return IngestConfig.model_validate({"shard_mb": 0.01, **changes})
+    return IngestConfig.model_validate({"shard_mb": 0.01, "max_rejected": 1, **changes})
 
 
 # ------------------------------------------------------------------------------------------------ plan, without Ray
 
 
-def listing(*names: str, size: int = 10) -> Listing:
-    members = tuple(Member("/s", f"{n}.jpg", size) for n in names)
-    return Listing(members, names, 0, "f")
+def listing(*names: str, size: int = 10, **columns: list[str | None]) -> Listing:
+    members = [dataclasses.asdict(Member("/s", f"{n}.jpg", size)) for n in names]
+    table = pa.Table.from_pylist([{**m, "key": m["key"].encode()} for m in members], MEMBERS)
+    for name, values in columns.items():
+        table = table.set_column(MEMBERS.get_field_index(name), MEMBERS.field(name), pa.array(values, pa.string()))
+    return Listing(table, np.arange(len(names)), pa.chunked_array([list(names)], pa.string()), 0, "f")
 
 
 def truth(protocol: str, **labels: tuple[str, ...]) -> GroundTruth:
@@ -70,22 +76,24 @@ def truth(protocol: str, **labels: tuple[str, ...]) -> GroundTruth:
     return GroundTruth(protocol, queries, ("a", "b") if protocol == "revisited" else None)  # type: ignore[arg-type]
 
 
-def planned(plan: ingest.Plan) -> list[tuple[str, str]]:
-    return [(row.name, row.split) for shard in plan.shards for row in shard]
+def planned(todo: Plan) -> list[tuple[str, str]]:
+    rows = [row for n in range(len(todo.shards)) for row in todo.rows(n).to_pylist()]
+    return [(row["name"], row["split"]) for row in rows]
 
 
 def test_revisited_queries_are_not_in_the_database() -> None:
-    plan = ingest.plan(listing("a", "b", "q"), IngestConfig(), truth("revisited", easy=("a",), hard=(), junk=()))
-    assert planned(plan) == [("a", "db"), ("b", "db"), ("q", "query")]
+    todo = plan(listing("a", "b", "q"), IngestConfig(), truth("revisited", easy=("a",), hard=(), junk=()))
+    assert todo.rows(0)["box"].to_pylist() == [None, None, [0.0, 0.0, 5.0, 5.0]]
+    assert planned(todo) == [("a", "db"), ("b", "db"), ("q", "query")]
 
 
 def test_original_queries_stay_in_the_database_where_they_are_labelled() -> None:
     labelled = truth("original", good=("q", "a"), ok=(), junk=())
-    assert planned(ingest.plan(listing("a", "b", "q"), IngestConfig(), labelled)) == [
+    assert planned(plan(listing("a", "b", "q"), IngestConfig(), labelled)) == [
         ("a", "db"), ("b", "db"), ("q", "db"), ("q", "query")
     ]  # fmt: skip
     unlabelled = truth("original", good=("a",), ok=(), junk=())
-    assert planned(ingest.plan(listing("a", "b", "q"), IngestConfig(), unlabelled)) == [
+    assert planned(plan(listing("a", "b", "q"), IngestConfig(), unlabelled)) == [
         ("a", "db"), ("b", "db"), ("q", "query")
     ]  # fmt: skip
 
@@ -93,16 +101,37 @@ def test_original_queries_stay_in_the_database_where_they_are_labelled() -> None
 def test_ground_truth_that_names_missing_images() -> None:
     missing = truth("revisited", easy=("a",), hard=("b",), junk=())
     with pytest.raises(GroundTruthError, match=r"names 1 of 3 images that are not in the source \(first: b\)"):
-        ingest.plan(listing("a", "q"), IngestConfig(), missing)
-    accepted = ingest.plan(listing("a", "q"), IngestConfig(allow_missing=True), missing)
+        plan(listing("a", "q"), IngestConfig(), missing)
+    accepted = plan(listing("a", "q"), IngestConfig(allow_missing=True), missing)
     assert planned(accepted) == [("a", "db"), ("q", "query")]
     with pytest.raises(GroundTruthError, match="1 query images are not in the source, first 'q'"):
-        ingest.plan(listing("a", "b"), IngestConfig(allow_missing=True), missing)
+        plan(listing("a", "b"), IngestConfig(allow_missing=True), missing)
 
 
 def test_shards_are_cut_by_size() -> None:
-    plan = ingest.plan(listing(*"abcdefg", size=400), IngestConfig(shard_mb=1000 / 2**20))
-    assert [len(shard) for shard in plan.shards] == [2, 2, 2, 1]
+    todo = plan(listing(*"abcdefg", size=400), IngestConfig(shard_mb=1000 / 2**20))
+    assert todo.shards == ((0, 2), (2, 4), (4, 6), (6, 7))
+    assert plan(listing(*"abc", size=4000), IngestConfig(shard_mb=1000 / 2**20)).shards == ((0, 1), (1, 2), (2, 3))
+    many = listing(*map(str, range(70_000)), size=0)
+    assert plan(many, IngestConfig()).shards == ((0, 32768), (32768, 65536), (65536, 70_000))
+
+
+def test_of_equal_names_the_first_stays() -> None:
+    todo = plan(listing("b", "a", "b", "c", "a", "b", problem=["", "", "", "too_large", "", ""]), IngestConfig())
+    assert planned(todo) == [("b", "db"), ("a", "db")]
+    assert [(line["name"], line["reason"]) for line in todo.rejected.to_pylist()] == [
+        ("a", "duplicate_name"), ("b", "duplicate_name"), ("b", "duplicate_name"), ("c", "too_large"),
+    ]  # fmt: skip
+
+
+def test_labels_and_splits_of_a_list_come_before_the_rest() -> None:
+    found = listing("x/a", "x/b", "x/c", label=["rome", None, None], split=[None, "train", "query"])
+    labels = pa.table({"name": ["x/b", "other"], "label": ["pisa", "oslo"]})
+    todo = plan(found, IngestConfig(split="distractor"), labels=labels)
+    assert planned(todo) == [("x/a", "distractor"), ("x/b", "train"), ("x/c", "query")]
+    assert todo.rows(0)["label"].to_pylist() == ["rome", "pisa", None]
+    with pytest.raises(InputError, match="no name of --labels is that of an image: the first is 'other'"):
+        plan(found, IngestConfig(), labels=labels.slice(1))
 
 
 # ------------------------------------------------------------------------------------------------ real runs
@@ -112,7 +141,9 @@ def test_a_benchmark_is_ingested_whole(images: Path, world: Path) -> None:
     table = rows(images / "benchmark")
     _, manifest = artifact.require(images / "benchmark", "ingest")
     assert table.schema.equals(ingest.SCHEMA)
-    assert manifest.counts == {"in": 40, "out": 40, "rejected": 0, "rows": 40, "queries": 8, "ignored_files": 0}
+    assert manifest.counts == {
+        "in": 40, "out": 40, "rejected": 0, "rows": 40, "queries": 8, "duplicates": 0, "ignored_files": 0
+    }  # fmt: skip
     assert table.column("id").to_pylist() == list(range(40))
     assert table.column("split").to_pylist() == ["db"] * 32 + ["query"] * 8
     assert len(manifest.shards()) > 3
@@ -208,8 +239,9 @@ def test_photos_to_search_with(tmp_path: Path, ray_session: None) -> None:
     assert rows(tmp_path / "out").select(["name", "split", "box"]).to_pylist() == [
         {"name": "a", "split": "query", "box": None}
     ]
-    with pytest.raises(ConfigError, match="a ground truth needs a database"):
-        ingest.run(["x"], str(tmp_path / "b"), small(split="query"), groundtruth_uri="gnd.json")
+    for wrong in ({"split": "query"}, {"dedupe": True}):
+        with pytest.raises(ConfigError, match="the ground truth expects in the database"):
+            ingest.run(["x"], str(tmp_path / "b"), small(**wrong), groundtruth_uri="gnd.json")
 
 
 def test_no_source() -> None:
@@ -247,7 +279,7 @@ def test_kill_and_rerun_gives_the_same_rows(tmp_path: Path, ray_session: None, k
     killed(command, tmp_path / "out")
     committed = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.parquet")}
     markers = {p.stem for p in (tmp_path / "out" / "_work" / "done").iterdir()}
-    config = IngestConfig(shard_mb=0.008)
+    config = IngestConfig(shard_mb=0.008, max_rejected=0.02)
     resumed = ingest.run([str(source)], str(tmp_path / "out"), config)
     whole = ingest.run([str(source)], str(tmp_path / "whole"), config)
     assert resumed.files == whole.files

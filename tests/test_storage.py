@@ -136,6 +136,7 @@ def test_s3_errors_name_bucket_and_variable_and_no_secret(
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("IIR_STORAGE_PATIENCE_SEC", "0.5")
     s3_client.cache_clear()
     try:
         with pytest.raises(StorageError) as error:

@@ -16,10 +16,20 @@ from iir_dist.errors import InputError
 from iir_dist.storage.folder import Entry, Folder, Publication, sha256_of
 from iir_dist.storage.local import LocalFolder
 from iir_dist.storage.s3 import S3Folder, s3_client
+from iir_dist.storage.settings import StorageConfig
 
 __all__ = [
-    "Entry", "Folder", "LocalFolder", "Publication", "S3Folder", "open_folder", "s3_client", "sha256_of", "split_uri"
-]  # fmt: skip
+    "Entry",
+    "Folder",
+    "LocalFolder",
+    "Publication",
+    "S3Folder",
+    "StorageConfig",
+    "open_folder",
+    "s3_client",
+    "sha256_of",
+    "split_uri",
+]
 
 
 def open_folder(uri: str | Path) -> Folder:

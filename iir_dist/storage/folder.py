@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from iir_dist.errors import NotFoundError
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -53,8 +55,16 @@ class Folder(ABC):
         """The folder `name` below this one; it need not exist."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """All bytes of a file. Raises `NotFoundError`."""
+    def read(self, name: str, version: str = "") -> bytes:
+        """All bytes of a file, of the listed version where one is given. Raises `NotFoundError`, `ChangedError`."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, length: int, version: str = "") -> bytes:
+        """Up to `length` bytes from offset `start`; fewer where the file ends. Raises as `read` does."""
+
+    @abstractmethod
+    def stat(self, name: str) -> Entry:
+        """Size and version of one file. Raises `NotFoundError`."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -84,9 +94,17 @@ class Folder(ABC):
     def delete(self, name: str) -> None:
         """Delete a file; no error if it is gone."""
 
-    @abstractmethod
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
+        try:
+            self.stat(name)
+        except NotFoundError:
+            return False
+        return True
+
+    @abstractmethod
+    def reachable(self) -> bool:
+        """Whether the store answers at all, asked once."""
 
     def delete_all(self, prefix: str) -> None:
         """Delete every file below `prefix`."""

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from iir_dist.errors import NotFoundError, StorageError
+from iir_dist.errors import ChangedError, NotFoundError, StorageError
 from iir_dist.storage.folder import Entry, Folder, Publication, sha256_of
 
 
@@ -28,9 +29,22 @@ class LocalFolder(Folder):
     def child(self, name: str) -> LocalFolder:
         return LocalFolder(self.path / name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, version: str = "") -> bytes:
+        return self.read_range(name, 0, -1, version)
+
+    def read_range(self, name: str, start: int, length: int, version: str = "") -> bytes:
+        with local_errors(self.address(name)), open(self.path / name, "rb") as file:
+            if version and version != _version(os.fstat(file.fileno())):
+                raise ChangedError(f"{self.address(name)} changed since it was listed")
+            file.seek(start)
+            return file.read(length)
+
+    def stat(self, name: str) -> Entry:
         with local_errors(self.address(name)):
-            return (self.path / name).read_bytes()
+            found = (self.path / name).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise NotFoundError(f"{self.address(name)} is not a file")
+        return Entry(name, found.st_size, _version(found))
 
     def write(self, name: str, data: bytes) -> None:
         with self.publish(name) as file:
@@ -80,16 +94,27 @@ class LocalFolder(Folder):
             return open(self.path / name, "rb")
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        names = []
-        for root, _, files in os.walk(self.path, followlinks=True):
-            for file in files:
-                name = os.path.relpath(os.path.join(root, file), self.path).replace(os.sep, "/")
-                if name.startswith(prefix):
-                    names.append(name)
-        for name in sorted(names):
-            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
-                stat = (self.path / name).stat()
-                yield Entry(name, stat.st_size, str(stat.st_mtime_ns))
+        with local_errors(self.uri):
+            yield from self._walk("", prefix, frozenset())
+
+    def _walk(self, below: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
+        """Files in order of their whole names, a directory at a time; `above` are the directories we are inside of."""
+        with contextlib.suppress(FileNotFoundError):
+            found = (self.path / below).stat()
+            identity = (found.st_dev, found.st_ino)
+            if identity in above:  # a link to a directory that it lies in
+                return
+            with os.scandir(self.path / below) as entries:
+                # "a/" sorts as its files do: after "a-b", before "a0".
+                names = sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
+            for name in names:
+                whole = below + name
+                if whole.endswith("/"):
+                    if whole.startswith(prefix) or prefix.startswith(whole):
+                        yield from self._walk(whole, prefix, above | {identity})
+                elif whole.startswith(prefix):
+                    with contextlib.suppress(NotFoundError):  # renamed meanwhile, or a pipe or dead link
+                        yield self.stat(whole)
 
     def delete(self, name: str) -> None:
         with local_errors(self.address(name)):
@@ -100,8 +125,12 @@ class LocalFolder(Folder):
         if prefix.endswith("/"):
             shutil.rmtree(self.path / prefix, ignore_errors=True)
 
-    def exists(self, name: str) -> bool:
-        return (self.path / name).is_file()
+    def reachable(self) -> bool:
+        return self.path.exists()
+
+
+def _version(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns}-{found.st_size}"
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -1,4 +1,8 @@
-"""A folder in an object store that speaks S3."""
+"""A folder in an object store that speaks S3.
+
+Passing trouble (no connection, 5xx, a throttled or cut answer) is waited out, every request again as a whole, until
+`IIR_STORAGE_PATIENCE_SEC` have gone by without an answer. What will not pass (wrong key, no bucket) is said at once.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,21 @@ import functools
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from iir_dist.errors import InputError, NotFoundError, StorageError
+import tenacity
+
+from iir_dist.errors import ChangedError, InputError, NotFoundError, StorageError, UnreachableError
 from iir_dist.storage.folder import Entry, Folder, Publication, sha256_of
 from iir_dist.storage.local import local_errors
+from iir_dist.storage.settings import StorageConfig
 
 BLOCK_BYTES = 8 * 2**20
-"""Read-ahead of a seekable object, and the part size of uploads."""
+"""Read-ahead of a seekable object."""
+T = TypeVar("T")
 
 
 class S3Folder(Folder):
@@ -27,7 +35,8 @@ class S3Folder(Folder):
         parts = urlsplit(uri)
         if not parts.netloc:
             raise InputError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
-        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
+        # Not parts.path: a key may hold `?` and `#`.
+        self.bucket, self.prefix = parts.netloc, uri.partition("://")[2].partition("/")[2].strip("/")
         super().__init__(f"s3://{self.bucket}/{self.prefix}".rstrip("/"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -36,44 +45,52 @@ class S3Folder(Folder):
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
+    def _get(self, name: str, version: str, **arguments: str) -> bytes:
+        condition = {"IfMatch": f'"{version}"'} if version else {}
+        try:
+            # The body is read inside: a cut answer is asked for again.
+            return self._call(
+                name, lambda s3, at: cast(bytes, s3.get_object(**at, **condition, **arguments)["Body"].read())
+            )
+        except _ConditionError:
+            raise ChangedError(f"{self.address(name)} changed since it was listed") from None
+
     def child(self, name: str) -> S3Folder:
         return S3Folder(self.address(name))
 
-    def read(self, name: str) -> bytes:
-        with _s3_errors(self, name):
-            body = s3_client().get_object(Bucket=self.bucket, Key=self._key(name))["Body"]
-            return cast(bytes, body.read())
+    def read(self, name: str, version: str = "") -> bytes:
+        return self._get(name, version)
+
+    def read_range(self, name: str, start: int, length: int, version: str = "") -> bytes:
+        try:
+            return self._get(name, version, Range=f"bytes={start}-{start + length - 1}") if length else b""
+        except _RangeError:
+            return b""
+
+    def stat(self, name: str) -> Entry:
+        answer = self._call(name, lambda s3, at: s3.head_object(**at))
+        return Entry(name, answer["ContentLength"], answer["ETag"].strip('"'))
 
     def write(self, name: str, data: bytes) -> None:
-        with _s3_errors(self, name):
-            s3_client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
+        self._call(name, lambda s3, at: s3.put_object(Body=data, **at))
 
     def create(self, name: str, data: bytes) -> bool:
         if self.put_if(name, data, IfNoneMatch="*") is not None:
             return True
-        return self.read(name) == data  # ours after all: the PUT arrived, its answer did not, boto3 tried again
+        return self.read(name) == data  # ours after all: the PUT arrived, its answer did not, it was sent again
 
     def put_if(self, name: str, data: bytes, **condition: str) -> str | None:
         """PUT under `IfNoneMatch` or `IfMatch`: the new ETag, or None where the condition does not hold."""
-        from botocore.exceptions import ClientError
-
-        with _s3_errors(self, name):
-            try:
-                answer = s3_client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **condition)
-            except ClientError as error:
-                if error.response.get("Error", {}).get("Code") in (
-                    "PreconditionFailed", "ConditionalRequestConflict", "412", "409",
-                ):  # fmt: skip
-                    return None
-                raise
-            return str(answer["ETag"])
+        try:
+            return str(self._call(name, lambda s3, at: s3.put_object(Body=data, **at, **condition))["ETag"])
+        except _ConditionError:
+            return None
 
     def age(self, name: str) -> tuple[str, float]:
         """ETag of an object and the seconds since its last write, both by the server's clock. Raises `NotFoundError`."""
         from email.utils import parsedate_to_datetime
 
-        with _s3_errors(self, name):
-            answer = s3_client().head_object(Bucket=self.bucket, Key=self._key(name))
+        answer = self._call(name, lambda s3, at: s3.head_object(**at))
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return str(answer["ETag"]), (now - answer["LastModified"]).total_seconds()
 
@@ -85,56 +102,64 @@ class S3Folder(Folder):
                 yield publication
                 publication.size = publication.path.stat().st_size
                 publication.sha256 = sha256_of(publication.path)
-            with _s3_errors(self, name):
-                s3_client().upload_file(str(publication.path), self.bucket, self._key(name))
+            # Multipart above 8 MB; the store shows the object when all of it is there.
+            self._call(name, lambda s3, at: s3.upload_file(str(publication.path), *at.values()))
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="iir-") as scratch:
             path = Path(scratch) / Path(name).name
-            with local_errors(scratch), _s3_errors(self, name):
-                s3_client().download_file(self.bucket, self._key(name), str(path))
+            with local_errors(scratch):
+                self._call(name, lambda s3, at: s3.download_file(*at.values(), str(path)))
             yield path
 
     def open(self, name: str) -> BinaryIO:
-        with _s3_errors(self, name):
-            size = s3_client().head_object(Bucket=self.bucket, Key=self._key(name))["ContentLength"]
-        return cast(BinaryIO, io.BufferedReader(_S3Reader(self, name, size), BLOCK_BYTES))
+        return cast(BinaryIO, io.BufferedReader(_S3Reader(self, self.stat(name)), BLOCK_BYTES))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         below = f"{self.prefix}/" if self.prefix else ""
-        with _s3_errors(self, prefix):
-            pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below + prefix)
-            for page in pages:
-                for item in page.get("Contents", []):
-                    name = item["Key"].removeprefix(below)
-                    if name and not name.endswith("/"):  # "directory" placeholders
-                        yield Entry(name, item["Size"], item["ETag"].strip('"'))
+        arguments = {"Bucket": self.bucket, "Prefix": below + prefix}
+        while True:
+            page = self._call(prefix, lambda s3, _: s3.list_objects_v2(**arguments))
+            for item in page.get("Contents", []):
+                name = item["Key"].removeprefix(below)
+                if name and not name.endswith("/"):  # "directory" placeholders
+                    yield Entry(name, item["Size"], item["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, name: str) -> None:
-        with _s3_errors(self, name):
-            s3_client().delete_object(Bucket=self.bucket, Key=self._key(name))
+        self._call(name, lambda s3, at: s3.delete_object(**at))
 
-    def exists(self, name: str) -> bool:
+    def reachable(self) -> bool:
         try:
-            self.age(name)
-        except NotFoundError:
+            with _explained(self, ""):
+                s3_client().head_bucket(Bucket=self.bucket)
+        except StorageError:
             return False
         return True
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes from offset `start`."""
-        with _s3_errors(self, name):
-            span = f"bytes={start}-{start + length - 1}"
-            body = s3_client().get_object(Bucket=self.bucket, Key=self._key(name), Range=span)["Body"]
-            return cast(bytes, body.read())
+    def _call(self, name: str, request: Callable[[Any, dict[str, str]], T]) -> T:
+        """One request (client, bucket and key -> answer), again for as long as there is only passing trouble."""
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        patience = StorageConfig.from_environment().patience_sec
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(UnreachableError),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            stop=tenacity.stop_after_delay(patience),
+            reraise=True,
+        ):
+            with attempt, _explained(self, name):
+                return request(s3_client(), where)
+        raise AssertionError("Retrying returns or raises")
 
 
 class _S3Reader(io.RawIOBase):
-    """Ranged reads of one object; wrap it in a BufferedReader for read-ahead."""
+    """Ranged reads of one version of an object; wrap it in a BufferedReader for read-ahead."""
 
-    def __init__(self, folder: S3Folder, name: str, size: int) -> None:
-        self._folder, self._name, self._size, self._position = folder, name, size, 0
+    def __init__(self, folder: S3Folder, entry: Entry) -> None:
+        self._folder, self._entry, self._position = folder, entry, 0
 
     def readable(self) -> bool:
         return True
@@ -146,15 +171,15 @@ class _S3Reader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._size - self._position)
+        length = min(len(buffer), self._entry.size - self._position)
         if length <= 0:
             return 0
-        data = self._folder.read_range(self._name, self._position, length)
+        data = self._folder.read_range(self._entry.name, self._position, length, self._entry.version)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -169,15 +194,30 @@ def s3_client() -> Any:
     import boto3
     from botocore.config import Config as BotoConfig
 
-    retries: dict[str, Any] = {"mode": os.environ.get("AWS_RETRY_MODE", "adaptive")}
-    retries["total_max_attempts"] = int(os.environ.get("AWS_MAX_ATTEMPTS", "8"))
+    config = StorageConfig.from_environment()
+    retries: dict[str, Any] = {"mode": os.environ.get("AWS_RETRY_MODE", "adaptive"), "total_max_attempts": 3}
+    if config.attempts is not None:
+        retries["total_max_attempts"] = config.attempts
     # A session of its own: boto3's default one would keep the credentials that it saw first.
     return boto3.session.Session().client(
-        "s3", config=BotoConfig(max_pool_connections=32, retries=retries, read_timeout=60)
-    )
+        "s3",
+        config=BotoConfig(
+            max_pool_connections=64, retries=retries, connect_timeout=10, read_timeout=30,
+            s3={"addressing_style": "path"} if config.path_style else None,
+        ),
+    )  # fmt: skip
 
 
 os.register_at_fork(after_in_child=s3_client.cache_clear)
+
+
+class _ConditionError(StorageError):
+    """The condition of a request does not hold."""
+
+
+class _RangeError(StorageError):
+    """A range that starts behind the end."""
+
 
 _REMEDIES = {
     "NoSuchBucket": "the bucket does not exist; check its name, AWS_REGION and AWS_ENDPOINT_URL",
@@ -186,31 +226,47 @@ _REMEDIES = {
     "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN or the profile's login",
     "AccessDenied": "access is denied; the identity of AWS_ACCESS_KEY_ID or AWS_PROFILE lacks the permission",
     "403": "access is denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+    "RequestTimeTooSkewed": "this machine's clock differs too much from the store's; set it (NTP)",
 }
+_PASSING = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BadDigest"}
 
 
 @contextlib.contextmanager
-def _s3_errors(folder: S3Folder, name: str) -> Iterator[None]:
+def _explained(folder: S3Folder, name: str) -> Iterator[None]:
+    """Errors of boto3 as ours: what is passing as `UnreachableError`, the others with a remedy."""
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-    where = folder.address(name) if name else folder.uri
+    where = f"{folder.address(name) if name else folder.uri} (bucket {folder.bucket!r})"
     try:
         yield
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in ("NoSuchKey", "404"):
-            raise NotFoundError(f"{where} does not exist") from error
-        # Only the code is passed on: the body of an S3 error may repeat the access key.
-        remedy = _REMEDIES.get(code, f"the store answered {code or 'an error'}")
-        raise StorageError(f"{where} (bucket {folder.bucket!r}): {remedy}") from error
-    except NoCredentialsError as error:
-        raise StorageError(
-            f"{where} (bucket {folder.bucket!r}): no credentials found; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    except (BotoCoreError, Boto3Error, ClientError) as error:
+        # The transfer manager wraps the answer of the store in an error of its own.
+        inner = error if isinstance(error, ClientError) else error.__context__
+        if isinstance(inner, ClientError):
+            raise _answered(inner, where) from error
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            raise StorageError(
+                f"{where}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from error
+        raise UnreachableError(
+            f"{where}: the store cannot be reached ({type(error).__name__}); "
+            "check the network, AWS_ENDPOINT_URL and AWS_REGION, then run the same command again"
         ) from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise StorageError(
-            f"{where} (bucket {folder.bucket!r}): the store cannot be reached ({type(error).__name__}); "
-            "check the network, AWS_ENDPOINT_URL and AWS_REGION"
-        ) from error
+
+
+def _answered(error: Any, where: str) -> StorageError:
+    """Our error for an answer of the store. Only its code is passed on: the body may repeat the access key."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+        return _ConditionError(f"{where}: a condition does not hold")
+    if code in ("InvalidRange", "416"):
+        return _RangeError(f"{where}: the object is shorter than the range")
+    if code in ("NoSuchKey", "404"):
+        return NotFoundError(f"{where} does not exist")
+    if code in _PASSING or status >= 500:
+        return UnreachableError(
+            f"{where}: the store is overloaded or broken (it answered {code or status}); run the same command again later"
+        )
+    return StorageError(f"{where}: {_REMEDIES.get(code, f'the store answered {code or status}')}")
