@@ -23,7 +23,7 @@ from PIL import Image
 from iir_dist import artifact, ingest
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.images import REASONS
-from iir_dist.data.listing import MEMBERS, Listing
+from iir_dist.data.listing import SPOOL, Listing
 from iir_dist.data.sources import Member
 from iir_dist.errors import ConfigError, GroundTruthError, InputError
 from iir_dist.ingest import IngestConfig
@@ -65,10 +65,12 @@ def small(**changes: object) -> IngestConfig:
 
 def listing(*names: str, size: int = 10, **columns: list[str | None]) -> Listing:
     members = [dataclasses.asdict(Member("/s", f"{n}.jpg", size)) for n in names]
-    table = pa.Table.from_pylist([{**m, "key": m["key"].encode()} for m in members], MEMBERS)
+    rows = [{**m, "key": None, "path": m["key"], "address": 0, "group": 0, "place": 0} for m in members]
+    table = pa.Table.from_pylist(rows, SPOOL)
     for name, values in columns.items():
-        table = table.set_column(MEMBERS.get_field_index(name), MEMBERS.field(name), pa.array(values, pa.string()))
-    return Listing(table, np.arange(len(names)), pa.chunked_array([list(names)], pa.string()), 0, "f")
+        table = table.set_column(SPOOL.get_field_index(name), SPOOL.field(name), pa.array(values, pa.string()))
+    named = pa.array(names, pa.string())
+    return Listing(table, pa.array(["/s"]), np.arange(len(names)), named, 0, "f")
 
 
 def truth(protocol: str, **labels: tuple[str, ...]) -> GroundTruth:

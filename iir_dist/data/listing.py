@@ -8,6 +8,7 @@ compressed tars stay as they lie, since they can be read in no other order.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import posixpath
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,9 +54,15 @@ MEMBERS = pa.schema(
     ]
 )
 SPOOL = pa.schema(
-    [*MEMBERS, pa.field("path", pa.string()), pa.field("group", pa.int32()), pa.field("place", pa.int64())]
+    [
+        *[field for field in MEMBERS if field.name != "source"],
+        pa.field("address", pa.int32()),  # number of the source
+        pa.field("path", pa.string()),  # `clean(key)`; `key` is null where it is the same
+        pa.field("group", pa.int32()),  # number of the SOURCE argument
+        pa.field("place", pa.int64()),  # within it, where that is not the order of the keys
+    ]
 )
-BATCH = 65_536
+BATCH = 8192
 ARCHIVES_AT_ONCE = 8
 
 
@@ -67,19 +74,42 @@ class Listing:
     """
 
     spool: pa.Table
+    sources: pa.Array
     order: I64
-    names: pa.ChunkedArray
+    names: pa.Array
     ignored: int
     fingerprint: str
+    memory: mmap.mmap | None = None
 
     def __len__(self) -> int:
         return len(self.order)
 
     def take(self, places: I64) -> pa.Table:
         """Rows by place in the order."""
-        table = self.spool.take(pa.array(self.order[places])).select(MEMBERS.names)
-        column = MEMBERS.get_field_index("name")
-        return table.set_column(column, MEMBERS.field("name"), self.names.take(pa.array(places)))
+        table = _pick(self.spool, self.order[places])
+        columns = {name: table[name] for name in MEMBERS.names if name != "source"}
+        columns["key"] = pc.coalesce(table["key"], table["path"].cast(pa.binary()))
+        columns["name"] = self.names.take(pa.array(places))
+        if self.memory is not None:
+            self.memory.madvise(mmap.MADV_DONTNEED)  # pages that were looked at are memory until they are given back
+        return pa.table({"source": self.sources.take(table["address"]), **columns}, schema=MEMBERS)
+
+
+def _pick(table: pa.Table, rows: I64) -> pa.Table:
+    """Rows by number. Arrow's own `take` joins all batches of a string column first, for every call."""
+    batches = table.to_batches()
+    starts = np.cumsum([0, *map(len, batches)])
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    cuts = np.searchsorted(ascending, starts)
+    parts = [
+        batch.take(pa.array(ascending[low:high] - start))
+        for batch, start, low, high in zip(batches, starts, cuts, cuts[1:], strict=False)
+        if low < high
+    ]
+    back = np.empty(len(rows), np.int64)
+    back[order] = np.arange(len(rows))
+    return pa.Table.from_batches(parts, table.schema).combine_chunks().take(pa.array(back))
 
 
 def to_members(table: pa.Table) -> list[Member]:
@@ -99,10 +129,11 @@ def list_sources(uris: Iterable[str], scratch: Path) -> Listing:
     """
     digest = hashlib.sha256()
     groups: list[_Group] = []
+    addresses: dict[str, int] = {}
     path = scratch / "members.arrow"
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SPOOL) as writer:
         for number, uri in enumerate(uris):
-            group = _Group(number)
+            group = _Group(number, addresses)
             for batch in _batches(uri, group, digest):
                 writer.write_batch(batch)
             if not group.count:
@@ -110,11 +141,15 @@ def list_sources(uris: Iterable[str], scratch: Path) -> Listing:
                     f"{uri} holds no image ({group.ignored} other files); expected files that end as images do (.jpg, .png, …)"
                 )
             groups.append(group)
-    spool = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    keys = [("group", "ascending"), ("place", "ascending"), ("key", "ascending"), ("source", "ascending")]
-    order = pc.sort_indices(spool, sort_keys=keys).to_numpy()
-    names = pa.chunked_array(_names(spool, order, groups), pa.string())
-    return Listing(spool, order, names, sum(g.ignored for g in groups), digest.hexdigest())
+    with open(path, "rb") as written:
+        memory = mmap.mmap(written.fileno(), 0, prot=mmap.PROT_READ)
+    spool = pa.ipc.open_file(pa.py_buffer(memory)).read_all()
+    keys = [(name, "ascending") for name in ("group", "place", "path", "address")]
+    order = pc.sort_indices(spool, sort_keys=keys).to_numpy().astype(np.int64)
+    names = pa.concat_arrays(list(_names(spool, order, groups)))
+    ignored = sum(group.ignored for group in groups)
+    memory.madvise(mmap.MADV_DONTNEED)
+    return Listing(spool, pa.array(addresses, pa.string()), order, names, ignored, digest.hexdigest(), memory)
 
 
 @dataclass(slots=True)
@@ -122,6 +157,7 @@ class _Group:
     """What is known of one SOURCE argument when all of it is listed."""
 
     number: int
+    addresses: dict[str, int]
     count: int = 0
     ignored: int = 0
     shared: str | None = None
@@ -141,9 +177,11 @@ class _Group:
                 self.shared = folder
             elif not (folder + "/").startswith(self.shared + "/" if self.shared else ""):
                 self.shared = shared_folder([self.shared, folder]).rstrip("/")
+        key = None if path == member.key else member.key.encode("utf-8", "surrogateescape")
+        address = self.addresses.setdefault(member.source, len(self.addresses))
         values = (
-            member.source, member.key.encode("utf-8", "surrogateescape"), member.size, member.offset, member.coding,
-            member.version, problem, member.name, member.label, member.split, path, self.number, place,
+            key, member.size, member.offset, member.coding,
+            member.version, problem, member.name, member.label, member.split, address, path, self.number, place,
         )  # fmt: skip
         for column, value in zip(self.rows.values(), values, strict=True):
             column.append(value)
@@ -220,7 +258,7 @@ def _names(spool: pa.Table, order: I64, groups: list[_Group]) -> Iterator[pa.Arr
     """The name of every member, in order: as the source gives it, else its path below the shared folder."""
     cuts = np.array([len(g.shared) + 1 if g.shared else 0 for g in groups])
     for start in range(0, len(order), BATCH):
-        table = spool.select(["path", "problem", "name", "group"]).take(pa.array(order[start : start + BATCH]))
+        table = _pick(spool.select(["path", "problem", "name", "group"]), order[start : start + BATCH])
         path, group = table["path"].combine_chunks(), table["group"].to_numpy()
         for number in np.unique(group):
             mask = pa.array(group == number)

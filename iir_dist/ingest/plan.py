@@ -27,6 +27,7 @@ REJECTED = pa.schema([(name, pa.string()) for name in ("name", "source", "reason
 MAX_SHARD_ROWS = 32_768
 """However small the images are: a shard is also what a killed run does again."""
 PIECE = 8192
+"""Rows that are looked at at once."""
 UNKNOWN_BYTES = 2**18
 """Stands for the size of an image whose list does not say it."""
 
@@ -122,11 +123,14 @@ def _usable(listing: Listing) -> tuple[I64, pa.Table]:
     """Places that can become rows, and the ledger of the others: those with a problem, and all but the first of a name."""
     problem = pc.not_equal(listing.spool["problem"].take(pa.array(listing.order)), "").to_numpy()
     bad, good = np.flatnonzero(problem), np.flatnonzero(~problem)
-    names = listing.names.take(pa.array(good))
-    order = pc.sort_indices(pa.table({"name": names, "at": good}), [("name", "ascending"), ("at", "ascending")])
-    ordered, order = names.take(order), order.to_numpy()
+    names = listing.names.take(pa.array(good)) if len(bad) else listing.names
+    order = pc.sort_indices(
+        pa.table({"name": names, "at": good}), [("name", "ascending"), ("at", "ascending")]
+    ).to_numpy()
     same = np.zeros(len(good), bool)
-    same[1:] = pc.equal(ordered[1:], ordered[:-1]).to_numpy() if len(good) > 1 else False
+    for start in range(1, len(good), PIECE):
+        piece = names.take(pa.array(order[start - 1 : start + PIECE]))
+        same[start : start + PIECE] = pc.equal(piece[1:], piece[:-1]).to_numpy(zero_copy_only=False)
     runs = np.flatnonzero(~same)  # where each name begins
     again = np.flatnonzero(same)
     twice, taken = good[order[again]], good[order[runs[np.searchsorted(runs, again, side="right") - 1]]]
@@ -142,13 +146,13 @@ def _usable(listing: Listing) -> tuple[I64, pa.Table]:
     return np.setdiff1d(good, twice), ledger(lines)
 
 
-def _queries(truth: GroundTruth, names: pa.ChunkedArray, usable: I64, allow_missing: bool) -> tuple[I64, I64]:
+def _queries(truth: GroundTruth, names: pa.Array, usable: I64, allow_missing: bool) -> tuple[I64, I64]:
     """Place of each query's image, and the places of those that are no database rows."""
     wanted = truth.images()
     # A name is matched whole or by its last component; only such candidates become Python strings.
     last = pa.array(sorted({name.rpartition("/")[2] for name in wanted}))
     candidates = names.take(pa.array(usable))
-    likely = pc.is_in(pc.replace_substring_regex(candidates, r"^.*/", ""), last).to_numpy()
+    likely = pc.is_in(pc.replace_substring_regex(candidates, r"^.*/", ""), last).to_numpy(zero_copy_only=False)
     place_of = dict(zip(candidates.filter(pa.array(likely)).to_pylist(), usable[likely].tolist(), strict=True))
     found = groundtruth.match(wanted, place_of)
     missing = sorted(wanted - set(found))

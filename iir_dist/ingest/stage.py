@@ -353,7 +353,9 @@ def _retry(
 def _again(todo: Plan, old: pa.Table, reasons: Sequence[str], shard_mb: float) -> Plan:
     """The part of a plan that an old ledger rejected for one of `reasons`, with the rest of that ledger."""
     chosen = old.filter(pc.is_in(old["reason"], pa.array(reasons)))
-    likely = todo.places[pc.is_in(todo.listing.names.take(pa.array(todo.places)), chosen["name"]).to_numpy()]
+    likely = todo.places[
+        pc.is_in(todo.listing.names.take(pa.array(todo.places)), chosen["name"]).to_numpy(zero_copy_only=False)
+    ]
     wanted = set(zip(chosen["name"].to_pylist(), chosen["source"].to_pylist(), strict=True))
     table = todo.listing.take(likely)
     keys = list(zip(table["name"].to_pylist(), where(table), strict=True))
