@@ -29,6 +29,9 @@ Activations are freed and asked for again at every batch; on a CPU the page faul
 (EfficientNet-Lite0, 15 images of 224 px, one thread: 34 against 49 images/s). Other C libraries ignore it.
 """
 
+CACHE = ("IIR_CACHE", "IIR_CACHE_GB")
+"""Where a node keeps its copies, and how much of them; the same on all nodes."""
+
 
 def connect() -> Any:
     """The `ray` module, connected: to `RAY_ADDRESS` where it is set (in a submitted job it is), else started here."""
@@ -39,7 +42,8 @@ def connect() -> Any:
 
     if ray.is_initialized():
         return ray
-    environment = {"env_vars": KEEP_FREED_MEMORY | forwarded()}
+    cache = {name: os.environ[name] for name in CACHE if name in os.environ}
+    environment = {"env_vars": KEEP_FREED_MEMORY | forwarded() | cache}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         with _silent_stderr():

@@ -32,7 +32,7 @@ SMALL = synthetic.World(
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads the caller's cloud settings or writes the caller's cache."""
     patch = pytest.MonkeyPatch()
-    for name in [n for n in os.environ if n.startswith("AWS_") or n == "RAY_ADDRESS"]:
+    for name in [n for n in os.environ if n.startswith(("AWS_", "IIR_")) or n == "RAY_ADDRESS"]:
         patch.delenv(name)
     patch.setenv("AWS_CONFIG_FILE", os.devnull)
     patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)

@@ -1,97 +1,231 @@
-"""Random row access for training: a node's own copy of image shards as uncompressed Arrow IPC, memory-mapped.
+"""Random row access to images: a node's own copy of their shards as uncompressed Arrow IPC, memory-mapped.
 
 Parquet is read from front to back; training reads rows in any order. Each shard is converted once, a row group at a
-time, to a file named by the shard's SHA-256, so a copy can never belong to other data.
+time, to a file named by the shard's SHA-256, so a copy can never belong to other data. The bytes of a row are a view
+of the map; the first copy is the decoder's.
+
+The cache lies in `IIR_CACHE` and holds `IIR_CACHE_GB` at most: what was opened least recently makes room. Kernel
+locks, which go with their process however it ends, keep the processes of a node apart:
+
+* `.lock`, exclusive: one process at a time fills and evicts; the others wait, and find what it made.
+* each copy, shared: held by whoever has it open. Only what nobody has open is evicted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import math
+import mmap
 import os
+import re
+import shutil
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from iir_dist import artifact
-from iir_dist.artifact import Manifest
-from iir_dist.storage import Folder, LocalFolder
+from iir_dist.artifact import FileEntry, Manifest
+from iir_dist.errors import ConfigError, CorruptError, NotFoundError, StorageError
+from iir_dist.storage import Folder, sha256_of
+from iir_dist.storage.local import local_errors
 
-COLUMNS = ["id", "name", "label", "split", "bytes"]
+SCHEMA = pa.schema([("name", pa.string()), ("label", pa.string()), ("split", pa.string()), ("bytes", pa.binary())])
+GB = 2**30
+_COPY = re.compile(r"[0-9a-f]{64}\.arrow")
+"""Other files in the folder are not ours to evict."""
 
 
-def cache_folder() -> LocalFolder:
+def cache_folder() -> Path:
     """`$IIR_CACHE`, else the user's cache directory."""
-    base = os.environ.get("IIR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "iir_dist"
-    return LocalFolder(base)
+    base = os.environ.get("IIR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "iir_dist"
+    return Path(base).expanduser().absolute()
 
 
-def fill(folder: Folder, shard: str, manifest: Manifest, cache: LocalFolder) -> Path:
-    """The local copy of one shard, made if it is not there."""
-    entry = manifest.files[shard]
-    name = f"{entry.sha256}.arrow"
-    if not cache.exists(name):
-        artifact.check_file(folder, shard, entry)
-        with folder.local(shard) as source, cache.publish(name) as file:
-            parquet = pq.ParquetFile(source)
-            schema = pa.schema([parquet.schema_arrow.field(c) for c in COLUMNS])
-            with pa.ipc.new_file(str(file.path), schema) as writer:
-                for batch in parquet.iter_batches(batch_size=256, columns=COLUMNS):
-                    writer.write_batch(batch)
-    return cache.path / name
+def allowed_bytes(cache: Path) -> float:
+    """What the cache may hold: `$IIR_CACHE_GB` times 2**30, else half of the disk's free space at the time of a fill.
+
+    What the cache holds already counts as free here; else its bound would shrink as it fills.
+    """
+    text = os.environ.get("IIR_CACHE_GB", "")
+    if not text:
+        return (shutil.disk_usage(cache).free + sum(size for _, size, _ in _copies(cache))) / 2
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise ConfigError(f"IIR_CACHE_GB is {text!r}; expected a number of GB above 0, such as 200")
+    return number * GB
+
+
+def fill(folder: Folder, shard: str, entry: FileEntry, path: Path, allowed: float) -> list[Any]:
+    """Copy one shard to `path` and open the copy; where another process is doing so, wait for it."""
+    with open(path.with_name(".lock"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(".*.arrow*.tmp"):  # we hold the lock, so whoever wrote it was killed
+            left.unlink()
+        batches = _open(path)
+        if batches is not None:  # made by another process while we waited
+            return batches
+        _make_room(path.parent, entry.size, allowed)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with folder.local(shard) as source:  # once: a remote shard is downloaded for the length of this block
+                if FileEntry(size=source.stat().st_size, sha256=sha256_of(source)) != entry:
+                    raise CorruptError(
+                        f"{folder.address(shard)} has other content than its manifest says (size or SHA-256 differs); "
+                        "write the artifact again with --force"
+                    )
+                _convert(source, temporary)
+            _make_room(path.parent, temporary.stat().st_size, allowed)  # the copy may be larger than the shard
+            os.replace(temporary, path)
+        except NotFoundError:
+            raise CorruptError(f"{folder.address(shard)} is missing") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return _open(path) or []  # inside the block, so that nobody evicts it first
+
+
+def _convert(source: Path, target: Path) -> None:
+    # Mapped and without pre-buffering, reading holds the one row group that was asked for. Its batches are written as
+    # they come: where bytes exceed what 32-bit offsets can address, reading has already cut them.
+    with pq.ParquetFile(source, memory_map=True, pre_buffer=False) as parquet, open(target, "wb") as file:
+        with pa.ipc.new_file(file, SCHEMA) as writer:
+            for group in range(parquet.num_row_groups):
+                writer.write_table(parquet.read_row_group(group, SCHEMA.names, use_threads=False).cast(SCHEMA))
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, so that a power cut leaves no half copy under the final name
+
+
+def _copies(cache: Path) -> list[tuple[int, int, Path]]:
+    """(time of the last opening, bytes, path) of every copy, least recently used first."""
+    found = [(path.stat(), path) for path in cache.iterdir() if _COPY.fullmatch(path.name)]
+    return sorted((stat.st_mtime_ns, stat.st_size, path) for stat, path in found)
+
+
+def _make_room(cache: Path, size: int, allowed: float) -> None:
+    """Evict until `size` more bytes fit; the caller holds the cache's lock."""
+    copies = _copies(cache)
+    used = sum(length for _, length, _ in copies)
+    for _, length, path in copies:
+        if used + size <= allowed:
+            break
+        with open(path, "rb") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            used -= length
+    if used + size > allowed:
+        raise _too_small(cache, used + size, allowed, f" ({used:,} of them are in use)")
+
+
+def _too_small(cache: Path, needed: int, allowed: float, detail: str = "") -> StorageError:
+    return StorageError(
+        f"the cache {cache} would have to hold {needed:,} bytes{detail} and may hold {allowed:,.0f}; "
+        f"raise IIR_CACHE_GB to {math.ceil(needed / GB)} or more, or point IIR_CACHE at a larger disk"
+    )
+
+
+def _open(path: Path) -> list[Any] | None:
+    """The record batches of a copy, views of its map; None where there is none.
+
+    The map's duplicate of the descriptor keeps the lock: the copy is in use for as long as anybody holds a view.
+    """
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if not os.fstat(file.fileno()).st_nlink:  # evicted between our open and our lock
+                return None
+            with contextlib.suppress(OSError):  # another user's, or on a read-only mount: it only seems older
+                os.utime(file.fileno())  # many mounts keep no time of reads
+            reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # of mmap (empty) and of Arrow
+        raise CorruptError(f"{path} is no copy of a shard ({error}); delete it, it will be made again") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One stored photo."""
+    """One stored photo; `data` is a view (`pyarrow.Buffer`) of its bytes in the map, good for as long as it is held."""
 
     name: str
     label: str | None
-    data: bytes
+    data: pa.Buffer
 
 
 class Photos:
-    """Rows of one or more images artifacts, by number; queries are left out. Opens its files in each process."""
+    """Rows of one or more images artifacts, by number; queries are left out. Pickled as paths, opened in each process.
 
-    def __init__(self, sources: list[tuple[Folder, Manifest]]) -> None:
+    Raises:
+        CorruptError: a shard is not what its manifest says.
+        StorageError: the disk is full, or the shards and what other processes have open exceed `allowed_bytes`.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Folder, Manifest]]) -> None:
         cache = cache_folder()
-        self._paths = [fill(f, shard, m, cache) for f, m in sources for shard in m.shards()]
-        self._files: list[Any] | None = None
-        labels: list[str | None] = []
-        where: list[tuple[int, int, int]] = []
-        for number, file in enumerate(self._open()):
-            for b in range(file.num_record_batches):
-                batch = file.get_batch(b)
-                for row, split in enumerate(batch.column("split").to_pylist()):
-                    if split != "query":
-                        where.append((number, b, row))
-                labels += [
-                    label
-                    for label, split in zip(
-                        batch.column("label").to_pylist(), batch.column("split").to_pylist(), strict=True
-                    )
-                    if split != "query"
-                ]
-        self._where = np.array(where, dtype=np.int64).reshape(-1, 3)
-        self.labels = labels
+        shards = [(folder, name, manifest.files[name]) for folder, manifest in sources for name in manifest.shards()]
+        paths = [cache / f"{entry.sha256}.arrow" for _, _, entry in shards]
+        todo = dict(zip(paths, shards, strict=True))
+        with local_errors(str(cache)):
+            cache.mkdir(parents=True, exist_ok=True)
+            # First what is there: once open, it is not evicted to make room for what is not.
+            opened = {path: _open(path) for path in todo}
+            missing = [path for path, batches in opened.items() if batches is None]
+            allowed = allowed_bytes(cache)  # once, because downloads and temporaries take of the free space
+            needed = sum(entry.size for _, _, entry in todo.values())
+            if missing and needed > allowed:
+                raise _too_small(cache, needed, allowed)
+            for path in missing:
+                opened[path] = fill(*todo[path], path, allowed)
+        self._index(paths, opened)
 
-    def __len__(self) -> int:
-        return len(self._where)
+    def _index(self, paths: list[Path], opened: dict[Path, list[Any] | None]) -> None:
+        self._paths = paths
+        self._batches = [batch for path in paths for batch in opened[path] or []]
+        self._starts = np.cumsum([0, *map(len, self._batches)]).tolist()  # a list: bisect is faster there
+        self._rows = np.flatnonzero(pc.not_equal(self._column("split"), "query").to_numpy())
+
+    def _column(self, name: str) -> Any:
+        return pa.chunked_array([batch.column(name) for batch in self._batches], pa.string())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": None}
+        return {"paths": self._paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened = {path: _open(path) for path in state["paths"]}
+        gone = [path for path, batches in opened.items() if batches is None]
+        if gone:
+            raise StorageError(f"{gone[0]} was evicted before this process opened it; run the same command again")
+        self._index(state["paths"], opened)
+
+    @functools.cached_property
+    def labels(self) -> list[str | None]:
+        """Of all photos; equal labels are one object, so that a million photos cost a million pointers."""
+        encoded = self._column("label").dictionary_encode(null_encoding="encode").combine_chunks()
+        words = encoded.dictionary.to_numpy(zero_copy_only=False)
+        found: list[str | None] = words[encoded.indices.to_numpy()[self._rows]].tolist()
+        return found
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> Photo:
-        file, batch, row = (int(v) for v in self._where[number])
-        rows = self._open()[file].get_batch(batch)
+        row = int(self._rows[number])
+        at = bisect_right(self._starts, row) - 1
+        batch, row = self._batches[at], row - self._starts[at]
+        # Not batch.column("bytes")[row]: a scalar of Arrow is a copy.
+        _, offsets, data = batch.column("bytes").buffers()
+        start, stop = np.frombuffer(offsets, np.int32, 2, 4 * row).tolist()
         return Photo(
-            rows.column("name")[row].as_py(), rows.column("label")[row].as_py(), rows.column("bytes")[row].as_py()
+            batch.column("name")[row].as_py(), batch.column("label")[row].as_py(), data.slice(start, stop - start)
         )
-
-    def _open(self) -> list[Any]:
-        if self._files is None:
-            self._files = [pa.ipc.open_file(pa.memory_map(str(path))) for path in self._paths]
-        return self._files
