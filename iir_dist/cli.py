@@ -135,11 +135,11 @@ def ingest(
     """Pack raw photos into images/: folders, tars, zips, lists (.csv, .parquet); local, s3:// or http(s)://."""
     from iir_dist.ingest import run
 
-    config = config.model_copy(update={key: value for key, value in given.items() if value is not None and value is not False})
-    retry = tuple(retry_rejected.split(",")) if retry_rejected else ()
-    manifest = run(
-        list(sources), out, config, groundtruth_uri=groundtruth, labels_uri=labels, retry=retry, force=force
+    config = config.model_copy(
+        update={key: value for key, value in given.items() if value is not None and value is not False}
     )
+    retry = tuple(retry_rejected.split(",")) if retry_rejected else ()
+    manifest = run(list(sources), out, config, groundtruth_uri=groundtruth, labels_uri=labels, retry=retry, force=force)
     _done(out, manifest, "in", "out", "rejected", "rows", "queries", "duplicates")
     if manifest.counts["rejected"]:
         click.echo(

@@ -143,16 +143,19 @@ class S3Folder(Folder):
     def _call(self, name: str, request: Callable[[Any, dict[str, str]], T]) -> T:
         """One request (client, bucket and key -> answer), again for as long as there is only passing trouble."""
         where = {"Bucket": self.bucket, "Key": self._key(name)}
-        patience = StorageConfig.from_environment().patience_sec
-        for attempt in tenacity.Retrying(
+
+        def once() -> T:
+            with _explained(self, name):
+                return request(s3_client(), where)
+
+        with contextlib.suppress(UnreachableError):
+            return once()
+        return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(UnreachableError),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            stop=tenacity.stop_after_delay(patience),
+            stop=tenacity.stop_after_delay(StorageConfig.from_environment().patience_sec),
             reraise=True,
-        ):
-            with attempt, _explained(self, name):
-                return request(s3_client(), where)
-        raise AssertionError("Retrying returns or raises")
+        )(once)
 
 
 class _S3Reader(io.RawIOBase):
