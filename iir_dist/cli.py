@@ -110,11 +110,22 @@ def main(verbose: bool) -> None:
 out = click.option("--out", required=True, metavar="DIR", help="Output folder or s3:// address.")
 
 
+def _list_known(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from iir_dist.data.catalog import format_table
+
+        click.echo(format_table())
+        ctx.exit()
+
+
 @stage("ingest", "iir_dist.ingest:IngestConfig")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @out
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_known, help="Show the known sets."
+)
 @click.option("--groundtruth", metavar="PATH", help="gnd_*.pkl, a JSON of that structure, or a folder of *_query.txt.")
-@click.option("--labels", metavar="FILE", help="CSV or Parquet with name and label; else labels are folder names.")
+@click.option("--labels", metavar="FILE", help="CSV or Parquet with name and label; before other labels.")
 @click.option("--split", type=click.Choice(["db", "query", "train", "distractor"]), help="Split of the rows.")
 @click.option("--dedupe", is_flag=True, help="Leave out images whose bytes an earlier one has.")
 @click.option("--max-rejected", type=click.FloatRange(0, 1), help="Fraction with which it still succeeds; 0.01.")
@@ -132,7 +143,11 @@ def ingest(
     force: bool,
     **given: Any,
 ) -> None:
-    """Pack raw photos into images/: folders, tars, zips, lists (.csv, .parquet); local, s3:// or http(s)://."""
+    """Pack raw photos into images/.
+
+    SOURCE is a folder, an archive (.tar, .tar.gz, .tar.zst, .zip, …) or a list (.csv, .parquet with a column uri),
+    local, s3:// or http(s)://; or the name of a known set (--list).
+    """
     from iir_dist.ingest import run
 
     config = config.model_copy(

@@ -2,15 +2,12 @@
 
 Read as published: the revisited pickles (`imlist`, `qimlist`, `gnd` with `bbx`, `easy`, `hard`, `junk`), the same
 structure as JSON, the original Oxford/Paris text files (`*_query.txt`, `*_good.txt`, `*_ok.txt`, `*_junk.txt`), and
-the `groundtruth.json` that ingest writes. A pickle is code, so it is read by an unpickler that admits lists, dicts,
-strings, numbers and NumPy arrays, and nothing else.
+the `groundtruth.json` that ingest writes. A pickle is code, so it is read by `pickles`.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iir_dist.errors import GroundTruthError, NotFoundError
+from iir_dist.data import pickles
+from iir_dist.errors import GroundTruthError, InputError, NotFoundError
 from iir_dist.storage import Folder, open_folder, split_uri
 
 Protocol = Literal["revisited", "original"]
@@ -91,7 +89,11 @@ def read(uri: str | Path) -> GroundTruth:
     try:
         if text.endswith((".pkl", ".pickle")):
             folder, name = split_uri(text)
-            return _from_lists(_unpickle(folder.read(name), text), text)
+            try:
+                value = pickles.loads(folder.read(name), text)
+            except InputError as error:
+                raise GroundTruthError(str(error)) from error
+            return _from_lists(value, text)
         if text.endswith(".json"):
             folder, name = split_uri(text)
             return _from_json(folder.read(name), text)
@@ -123,57 +125,6 @@ def match(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------ formats
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, strings, numbers and NumPy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return np.ndarray if name == "ndarray" else np.dtype
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "_reconstruct":
-                return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-            if name == "scalar":
-                return _plain_scalar
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return _plain_array  # how protocol 5 spells an array
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
-            return _latin1
-        if module in ("builtins", "__builtin__") and name == "bytes":  # and no bytes at all
-            return _no_bytes
-        raise GroundTruthError(
-            f"it holds {module}.{name}, and only lists, dicts, strings, numbers and arrays are admitted"
-        )
-
-
-def _plain_scalar(dtype: np.dtype[Any], data: bytes) -> Any:
-    if dtype.hasobject:
-        raise GroundTruthError("it holds a Python object inside a NumPy scalar")
-    return np.frombuffer(data, dtype)[0]
-
-
-def _plain_array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Literal["C", "F"]) -> Any:
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
-
-
-def _no_bytes() -> bytes:
-    return b""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise GroundTruthError(f"it encodes bytes as {encoding!r}; only latin1 is admitted")
-    return text.encode("latin1")
-
-
-def _unpickle(data: bytes, where: str) -> Any:
-    try:
-        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except GroundTruthError as error:
-        raise GroundTruthError(f"{where} is refused: {error}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise GroundTruthError(f"{where} is not a readable pickle: {type(error).__name__}: {error}") from error
 
 
 def _from_lists(value: Any, where: str) -> GroundTruth:

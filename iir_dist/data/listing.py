@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +118,12 @@ def to_members(table: pa.Table) -> list[Member]:
     return [Member(**{**row, "key": row["key"].decode("utf-8", "surrogateescape")}) for row in rows]
 
 
-def list_sources(uris: Iterable[str], scratch: Path) -> Listing:
+def list_sources(uris: Iterable[str | Sequence[str]], scratch: Path, any_ending: bool = False) -> Listing:
     """Every image candidate of several SOURCE arguments.
 
     Args:
+        uris: addresses; archives that belong together, so that their images are named together, as a sequence.
+        any_ending: take every file for a candidate that is not hidden, whatever its name ends with.
         scratch: folder for the table; it must stay as long as the listing is used.
 
     Raises:
@@ -133,7 +135,7 @@ def list_sources(uris: Iterable[str], scratch: Path) -> Listing:
     path = scratch / "members.arrow"
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SPOOL) as writer:
         for number, uri in enumerate(uris):
-            group = _Group(number, addresses)
+            group = _Group(number, addresses, (lambda key: not hidden(key)) if any_ending else is_image)
             for batch in _batches(uri, group, digest):
                 writer.write_batch(batch)
             if not group.count:
@@ -158,6 +160,7 @@ class _Group:
 
     number: int
     addresses: dict[str, int]
+    wanted: Callable[[str], bool]
     count: int = 0
     ignored: int = 0
     shared: str | None = None
@@ -196,15 +199,18 @@ class _Group:
         return batch
 
 
-def _batches(uri: str, group: _Group, digest: Any) -> Iterator[pa.RecordBatch]:
+def _batches(uri: str | Sequence[str], group: _Group, digest: Any) -> Iterator[pa.RecordBatch]:
     """The candidates of one SOURCE argument. A folder that holds archives stands for them and its loose images."""
-    source = open_source(uri)
     archives: list[str] = []
-    _check_exists(source)
-    for member in _candidates(source, group, archives, digest):
-        batch = group.add(member, group.count if source.sequential else 0)
-        if batch is not None:
-            yield batch
+    if isinstance(uri, str):
+        source = open_source(uri)
+        _check_exists(source)
+        for member in _candidates(source, group, archives, digest):
+            batch = group.add(member, group.count if source.sequential else 0)
+            if batch is not None:
+                yield batch
+    else:
+        archives += uri
 
     def listed(address: str) -> tuple[Source, list[Member], str]:
         archive = open_source(address)
@@ -215,7 +221,7 @@ def _batches(uri: str, group: _Group, digest: Any) -> Iterator[pa.RecordBatch]:
             for archive, members, version in pool.map(listed, archives[start : start + ARCHIVES_AT_ONCE]):
                 digest.update(f"{posixpath.basename(archive.uri)}\0{version}\n".encode())
                 for member in members:
-                    if not is_image(member.key):
+                    if not group.wanted(member.key):
                         group.ignored += 1
                         continue
                     batch = group.add(member, group.count + 1 if archive.sequential else 0)
@@ -233,7 +239,7 @@ def _candidates(source: Source, group: _Group, archives: list[str], digest: Any)
                 archives.append(source.folder.address(member.key))
                 continue
             digest.update(f"{member.key}\0{member.size}\0{member.version}\n".encode("utf-8", "surrogateescape"))
-        if isinstance(source, FolderSource | ArchiveSource) and not is_image(member.key):
+        if isinstance(source, FolderSource | ArchiveSource) and not group.wanted(member.key):
             group.ignored += 1
             continue
         yield member

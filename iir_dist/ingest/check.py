@@ -14,7 +14,6 @@ from iir_dist import artifact
 from iir_dist.artifact import FileEntry, shard_name
 from iir_dist.data.images import decode
 from iir_dist.data.listing import to_members
-from iir_dist.data.sources import label_of
 from iir_dist.data.sources.reader import Reader
 from iir_dist.errors import ImageError
 from iir_dist.ingest.plan import where
@@ -76,8 +75,7 @@ def check(folder: Folder, number: int, max_megapixels: float) -> tuple[pa.Table,
             result.rejected.append((row["name"], place, error.reason, error.detail))
             continue
         digest = hashlib.sha256(data).digest()
-        label = row["label"] or label_of(row["name"])
-        values = (row["name"], label, row["split"], row["box"], image.width, image.height, digest.hex(), data)
+        values = (row["name"], row["label"], row["split"], row["box"], image.width, image.height, digest.hex(), data)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
         result.rows.append((row["name"], place, digest))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
@@ -18,6 +19,7 @@ from iir_dist.data.groundtruth import GroundTruth
 from iir_dist.data.images import MAX_MEGAPIXELS
 from iir_dist.data.listing import MEMBERS, Listing
 from iir_dist.errors import GroundTruthError, InputError
+from iir_dist.ingest.labels import find_labels, folders, labelled
 from iir_dist.vectors import I64
 
 Split = Literal["db", "query", "train", "distractor"]
@@ -45,6 +47,12 @@ class IngestConfig(StageConfig):
     """Accept a ground truth that names images which are not there; they count as never found."""
     dedupe: bool = False
     """Leave out an image whose bytes are those of an earlier one; without it they are only reported."""
+    any_ending: bool = False
+    """Take every file for an image, whatever its name ends with: stores by content have no endings."""
+    folder_labels: bool = True
+    """Label an image that has no other label with the folder that it lies in."""
+    only_labelled: bool = False
+    """Only images that --labels names; the others are not looked at."""
     max_rejected: float = Field(0.01, ge=0, le=1)
     """The largest fraction of rejected images with which the command still succeeds; the work is kept in any case."""
     execution: ClassVar[frozenset[str]] = frozenset({"max_rejected"})
@@ -55,12 +63,14 @@ class Plan:
     """Rows by place in the listing: first the database, then one for each query; and what the listing alone refuses."""
 
     listing: Listing
+    num_images: int
     places: I64
     shards: tuple[tuple[int, int], ...]
     rejected: pa.Table
     split: Split
     boxes: tuple[tuple[float, float, float, float] | None, ...]
-    labels: pa.Table | None = None
+    labels: pa.Array | None
+    folder_labels: bool
 
     def rows(self, number: int) -> pa.Table:
         """The rows of one shard, schema `ROWS`."""
@@ -70,10 +80,11 @@ class Plan:
         queries = np.arange(start, stop) >= first_query
         boxes = [self.boxes[i - first_query] if i >= first_query else None for i in range(start, stop)]
         split = pc.if_else(pa.array(queries), "query", pc.coalesce(table["split"].combine_chunks(), self.split))
-        columns = {name: table[name] for name in MEMBERS.names} | {"split": split}
+        columns = {name: table[name].combine_chunks() for name in MEMBERS.names} | {"split": split}
         if self.labels is not None:
-            found = self.labels["label"].take(pc.index_in(table["name"], self.labels["name"]))
-            columns["label"] = pc.coalesce(found, table["label"])
+            columns["label"] = pc.coalesce(self.labels.take(pa.array(self.places[start:stop])), columns["label"])
+        if self.folder_labels:
+            columns["label"] = pc.coalesce(columns["label"], folders(columns["name"]))
         return pa.table({**columns, "box": pa.array(boxes, ROWS.field("box").type)}, schema=ROWS)
 
     def only(self, places: I64, rejected: pa.Table, shard_bytes: int) -> Plan:
@@ -92,17 +103,18 @@ def plan(
     (revisited: queries are not in the database).
 
     Args:
-        labels: `name` and `label` (strings), before any that a source gives.
+        labels: `name` and `label` (strings), for the labels of rows before any that a source gives.
 
     Raises:
         GroundTruthError: it names images that are not there, and `config.allow_missing` is not set.
     """
-    if labels is not None and not pc.any(pc.is_in(labels["name"], listing.names)).as_py():
-        example, image = labels["name"][0].as_py(), listing.names[0].as_py()
-        raise InputError(
-            f"no name of --labels is that of an image: the first is {example!r}, the first image is {image!r}"
-        )
-    usable, rejected = _usable(listing)
+    found = find_labels(listing.names, labels) if labels is not None else None
+    considered = np.ones(len(listing), bool)
+    if config.only_labelled:
+        if found is None:
+            raise InputError("only_labelled = true needs labels to go by; give --labels FILE")
+        considered = labelled(found)
+    usable, rejected = _usable(listing, considered)
     boxes: list[tuple[float, float, float, float] | None] = []
     queries = np.zeros(0, np.int64)
     if truth is not None:
@@ -111,7 +123,17 @@ def plan(
         usable = usable[~np.isin(usable, only_queries)]
     places = np.concatenate([usable, queries])
     shards = tuple(_cut(_sizes(listing)[places], int(config.shard_mb * 2**20)))
-    return Plan(listing, places, shards, rejected, config.split, tuple(boxes), labels)
+    return Plan(
+        listing,
+        int(considered.sum()),
+        places,
+        shards,
+        rejected,
+        config.split,
+        tuple(boxes),
+        found,
+        config.folder_labels,
+    )
 
 
 def _sizes(listing: Listing) -> I64:
@@ -119,11 +141,11 @@ def _sizes(listing: Listing) -> I64:
     return np.where(sizes < 0, UNKNOWN_BYTES, sizes)
 
 
-def _usable(listing: Listing) -> tuple[I64, pa.Table]:
+def _usable(listing: Listing, considered: npt.NDArray[np.bool_]) -> tuple[I64, pa.Table]:
     """Places that can become rows, and the ledger of the others: those with a problem, and all but the first of a name."""
     problem = pc.not_equal(listing.spool["problem"].take(pa.array(listing.order)), "").to_numpy()
-    bad, good = np.flatnonzero(problem), np.flatnonzero(~problem)
-    names = listing.names.take(pa.array(good)) if len(bad) else listing.names
+    bad, good = np.flatnonzero(problem & considered), np.flatnonzero(~problem & considered)
+    names = listing.names.take(pa.array(good)) if len(good) < len(listing) else listing.names
     order = pc.sort_indices(
         pa.table({"name": names, "at": good}), [("name", "ascending"), ("at", "ascending")]
     ).to_numpy()

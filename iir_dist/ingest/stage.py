@@ -26,6 +26,7 @@ from iir_dist.data.images import REASONS
 from iir_dist.data.listing import Listing, list_sources
 from iir_dist.errors import ArtifactError, ConfigError, GroundTruthError, InputError, MismatchError
 from iir_dist.ingest.check import PLAN, Checked, check, write
+from iir_dist.ingest.known import check_count, expand
 from iir_dist.ingest.labels import read_labels
 from iir_dist.ingest.plan import IngestConfig, Plan, ledger, plan, where
 from iir_dist.lock import lock
@@ -53,7 +54,7 @@ def run(
     """Ingest `sources` into one images artifact.
 
     Args:
-        sources: folders, archives and lists; paths, s3:// or http(s)://.
+        sources: folders, archives and lists; paths, s3:// or http(s)://; or one name of the catalog.
         labels_uri: CSV or Parquet with `name` and `label`.
         retry: reasons; the images that a finished artifact rejected for one of them are tried again and appended.
 
@@ -74,8 +75,10 @@ def run(
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is not a reason of the ledger; known: {', '.join(sorted(REASONS))}")
     started = time.monotonic()
+    request = expand(sources, config, groundtruth_uri, labels_uri)
+    config, groundtruth_uri, labels_uri = request.config, request.groundtruth, request.labels
     with tempfile.TemporaryDirectory(prefix="iir-list-") as scratch:
-        listing = list_sources(sources, Path(scratch))
+        listing = list_sources(request.sources, Path(scratch), config.any_ending)
         log.info("ingest: %d images, listed in %.1f s", len(listing), time.monotonic() - started)
         inputs = {"sources": InputRef(uri=" ".join(sources), fingerprint=listing.fingerprint)}
         truth = groundtruth.read(groundtruth_uri) if groundtruth_uri else None
@@ -92,7 +95,12 @@ def run(
                     marker = work.step("plan")
                     if marker is None:
                         todo = plan(listing, config, truth, labels)
-                        totals = {"in": len(listing), "ignored_files": listing.ignored, "queries": len(todo.boxes)}
+                        if request.dataset is not None:
+                            check_count(request.dataset, todo.num_images)
+                        left_out = len(listing) - todo.num_images
+                        totals = {
+                            "in": todo.num_images, "ignored_files": listing.ignored + left_out, "queries": len(todo.boxes)
+                        }  # fmt: skip
                         marker = _write_plan(work.folder, todo, totals, 0, 0)
                     _execute(work.folder, marker, config, work.done())
                     manifest = _finish(work, marker, truth)

@@ -10,17 +10,14 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import bad_images
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
-
-sys.path.append(str(Path(__file__).parent))
-import bad_images
 from bad_images import chunk, encode, photo, png, replaced, tiff
+from PIL import Image, ImageCms, PngImagePlugin
 
 from iir_dist.data import images
 from iir_dist.errors import ImageError

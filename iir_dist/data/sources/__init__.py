@@ -6,6 +6,9 @@ read any member; nothing is unpacked to disk.
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
+from iir_dist.data import downloads
 from iir_dist.data.sources.archives import (
     ENDINGS,
     OPENERS,
@@ -16,7 +19,7 @@ from iir_dist.data.sources.archives import (
     ZipSource,
 )
 from iir_dist.data.sources.loose import LISTS, WEB, FolderSource, ListSource
-from iir_dist.data.sources.member import Member, Source, clean, hidden, image_names, is_image, is_unsafe, label_of
+from iir_dist.data.sources.member import Member, Source, clean, hidden, image_names, is_image, is_unsafe
 from iir_dist.errors import InputError
 
 __all__ = [
@@ -30,7 +33,6 @@ __all__ = [
     "image_names",
     "is_image",
     "is_unsafe",
-    "label_of",
     "open_source",
 ]
 
@@ -50,15 +52,15 @@ def open_source(uri: str) -> Source:
     if ending.endswith(OTHERS):
         raise InputError(f"{uri}: this kind of archive cannot be read; repack it as .tar, .tar.gz, .tar.zst or .zip")
     if ending.endswith(ENDINGS):
-        path = None
+        path, content = None, ""
         if uri.startswith(WEB):
-            from iir_dist.data import downloads
-
-            checksum = fragment.replace("=", ":", 1) or None
-            path = str(downloads.fetch(address, downloads.downloads_folder(), checksum))
+            # A folder for each host: many an archive is called images.tar.
+            folder = downloads.downloads_folder() / downloads.file_name(f"/{urlsplit(address).hostname}")
+            path = downloads.fetch(address, folder, fragment.replace("=", ":", 1) or None)
+            content = downloads.content_of(path)
         if ending.endswith(tuple(OPENERS)):
-            return StreamSource(uri, path)
-        return TarSource(uri, path) if ending.endswith(TAR) else ZipSource(uri, path)
+            return StreamSource(uri, path, content)
+        return TarSource(uri, path, content) if ending.endswith(TAR) else ZipSource(uri, path, content)
     if uri.startswith(WEB):
         raise InputError(f"{uri}: only archives are fetched by http(s); expected one ending in {', '.join(ENDINGS)}")
     return ListSource(uri) if ending.endswith(LISTS) else FolderSource(uri)

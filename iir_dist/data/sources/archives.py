@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -45,17 +46,28 @@ SKIP_BYTES = 2**20
 
 
 class ArchiveSource(Source):
-    """One file that holds the images. `path` is where it is read from, if that is not its address."""
+    """One file that holds the images.
 
-    def __init__(self, uri: str, path: str | None = None) -> None:
+    Args:
+        path: this machine's copy of it, where its address is not read itself; `content` is the hash of that.
+    """
+
+    def __init__(self, uri: str, path: Path | None = None, content: str = "") -> None:
         super().__init__(uri)
         self.folder, self.file = split_uri(path or uri)
-        self._version = ""
+        self._content = content
+        self._listed = ""
 
     def version(self) -> str:
-        if not self._version:
-            self._version = self.folder.stat(self.file).version
-        return self._version
+        if not self._listed:
+            self._listed = self._content or self.folder.stat(self.file).version
+        return self._listed
+
+    def _unchanged(self, version: str) -> str:
+        """What the folder is to compare with what is there. Raises `ImageError` where the copy is another one."""
+        if self._content and self._content != version:
+            raise ImageError("changed", f"{self.uri} changed since it was listed")
+        return "" if self._content else version
 
     def members(self) -> Iterator[Member]:
         count = 0
@@ -89,7 +101,7 @@ class ArchiveSource(Source):
     def read_span(self, offset: int, length: int, version: str) -> bytes:
         """A range of the archive, of the version that was listed."""
         try:
-            return self.folder.read_range(self.file, offset, length, version)
+            return self.folder.read_range(self.file, offset, length, self._unchanged(version))
         except ChangedError as error:
             raise ImageError("changed", str(error)) from None
         except UnreachableError:
@@ -135,7 +147,7 @@ class StreamSource(ArchiveSource):
         try:
             if self._stream is None or offset < self._position:
                 self.close()
-                if self.folder.stat(self.file).version != version:
+                if self._unchanged(version) not in ("", self.folder.stat(self.file).version):
                     raise ImageError("changed", f"{self.uri} changed since it was listed")
                 self._file = self.folder.open(self.file)
                 self._stream, self._position = self._unpacked(self._file), 0

@@ -107,12 +107,3 @@ def image_names(keys: Sequence[str]) -> list[str]:
     paths = [clean(key) for key in keys]
     cut = len(shared_folder([posixpath.dirname(path) for path in paths]))
     return [posixpath.splitext(path[cut:])[0] for path in paths]
-
-
-def label_of(name: str) -> str | None:
-    """The folder that a name lies in, which is its class in `class/file` layouts.
-
-    >>> label_of("pisa/0001"), label_of("taj_mahal_000060")
-    ('pisa', None)
-    """
-    return posixpath.dirname(name) or None

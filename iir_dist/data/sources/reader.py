@@ -33,10 +33,11 @@ class Request:
 
 
 class Reader:
-    """Reads members of any source; archives stay open until `close`, so that the next call goes on where one ended."""
+    """Reads members of any source. A sequential one stays open, so that the next call goes on where the last ended."""
 
     def __init__(self) -> None:
         self._sources: dict[str, Source] = {}
+        self._open: Source | None = None
 
     def close(self) -> None:
         """Let go of what is open."""
@@ -45,12 +46,8 @@ class Reader:
         self._sources.clear()
 
     def source(self, uri: str) -> Source:
-        """The source at an address, opened once. Of sequential ones only the last stays open."""
+        """The source at an address; nothing is opened before it is read."""
         if uri not in self._sources:
-            for other, source in list(self._sources.items()):
-                if source.sequential:
-                    source.close()
-                    del self._sources[other]
             self._sources[uri] = open_source(uri)
         return self._sources[uri]
 
@@ -101,6 +98,10 @@ class Reader:
 
     def _answer(self, request: Request) -> Answer:
         source = self._sources[request.members[0].source]
+        if source.sequential and source is not self._open:
+            if self._open is not None:
+                self._open.close()
+            self._open = source
         if len(request.members) == 1 or not isinstance(source, ArchiveSource):
             return [_read(source, member) for member in request.members]
         first, last = request.members[0], request.members[-1]
