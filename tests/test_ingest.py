@@ -131,7 +131,12 @@ def test_labels_and_splits_of_a_list_come_before_the_rest() -> None:
     labels = pa.table({"name": ["x/b", "other"], "label": ["pisa", "oslo"]})
     todo = plan(found, IngestConfig(split="distractor"), labels=labels)
     assert planned(todo) == [("x/a", "distractor"), ("x/b", "train"), ("x/c", "query")]
-    assert todo.rows(0)["label"].to_pylist() == ["rome", "pisa", None]
+    assert todo.rows(0)["label"].to_pylist() == ["rome", "pisa", "x"]
+    todo = plan(found, IngestConfig(folder_labels=False, only_labelled=True), labels=labels)
+    assert planned(todo) == [("x/b", "train")]
+    assert todo.num_images == 1
+    with pytest.raises(InputError, match="only_labelled = true needs labels"):
+        plan(found, IngestConfig(only_labelled=True))
     with pytest.raises(InputError, match="no name of --labels is that of an image: the first is 'other'"):
         plan(found, IngestConfig(), labels=labels.slice(1))
 
