@@ -260,7 +260,8 @@ def plan(_: str | None, __: int, scratch: Path) -> None:
 
 def plan_process(data: str | None, _: int, scratch: Path) -> None:
     from iir_dist.data.listing import list_sources
-    from iir_dist.ingest import IngestConfig, stage
+    from iir_dist.ingest import IngestConfig
+    from iir_dist.ingest.execute import write_plan
     from iir_dist.ingest.plan import plan as make_plan
     from iir_dist.storage import open_folder
 
@@ -268,7 +269,7 @@ def plan_process(data: str | None, _: int, scratch: Path) -> None:
     listing = list_sources([f"{data}/list.csv"], scratch)
     listed = time.perf_counter() - start
     todo = make_plan(listing, IngestConfig())
-    stage._write_plan(open_folder(scratch / "out"), todo, {"in": 0, "ignored_files": 0, "queries": 0}, 0, 0)
+    write_plan(open_folder(scratch / "out"), todo, {"in": 0, "ignored_files": 0, "queries": 0}, 0, 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"\n{len(listing)} keys listed in {listed:.1f} s, planned and written as {len(todo.shards)} plan files after "

@@ -271,6 +271,34 @@ def test_s3_to_s3_gives_the_same_rows(s3: str, world: Path, images: Path, tmp_pa
     artifact.verify(out)
 
 
+@pytest.mark.s3
+def test_real_photos_from_tar_zip_and_loose_objects_give_the_same_rows(
+    shared: Path, s3: str, tmp_path: Path, ray_session: None
+) -> None:
+    store = open_folder(f"{s3}/{tmp_path.name}")
+    with tarfile.open(shared / "wonders11.tar") as tar, zipfile.ZipFile(tmp_path / "wonders11.zip", "w") as archive:
+        for info in reversed(tar.getmembers()):  # another order than that of the tar
+            if info.isreg():
+                content = tar.extractfile(info)
+                assert content is not None
+                data = content.read()
+                archive.writestr(info.name, data)
+                store.write(f"photos/{info.name}", data)
+    sources = {
+        "tar": str(shared / "wonders11.tar"), "zip": str(tmp_path / "wonders11.zip"), "s3": store.address("photos")
+    }  # fmt: skip
+    truth = str(shared / "groundtruth" / "wonders11" / "gnd_wonders11.pkl")
+    config = IngestConfig(shard_mb=8)
+    found = {
+        kind: ingest.run([source], str(tmp_path / kind), config, groundtruth_uri=truth)
+        for kind, source in sources.items()
+    }
+    assert rows(tmp_path / "zip").equals(rows(tmp_path / "tar"))
+    assert rows(tmp_path / "s3").equals(rows(tmp_path / "tar"))
+    assert len({manifest.fingerprint for manifest in found.values()}) == 1
+    assert found["s3"].counts["rows"] == found["s3"].counts["out"] == 1159
+
+
 # ------------------------------------------------------------------------------------------------ kill -9
 
 

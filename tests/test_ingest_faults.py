@@ -196,7 +196,7 @@ def test_images_that_change_or_vanish_are_recorded_and_can_be_tried_again(
     (folder / "jpg" / "0119.jpg").write_bytes(b"words")
     from iir_dist.ingest import stage
 
-    write_plan = stage._write_plan
+    write_plan = stage.write_plan
 
     def interfere(*arguments: object) -> object:
         marker = write_plan(*arguments)  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def test_images_that_change_or_vanish_are_recorded_and_can_be_tried_again(
             (folder / "jpg" / f"{name}.jpg").rename(tmp_path / name)
         return marker
 
-    monkeypatch.setattr(stage, "_write_plan", interfere)
+    monkeypatch.setattr(stage, "write_plan", interfere)
     with pytest.raises(
         ArtifactError, match=r"4 of 120 images were rejected \(1 changed, 1 not_an_image, 2 unreadable\)"
     ):

@@ -6,6 +6,7 @@ the loop around them, ledgers, and what was rejected tried again.
 
 from iir_dist.ingest.check import SCHEMA
 from iir_dist.ingest.plan import IngestConfig
-from iir_dist.ingest.stage import TRANSIENT, run
+from iir_dist.ingest.retry import TRANSIENT
+from iir_dist.ingest.stage import run
 
 __all__ = ["SCHEMA", "TRANSIENT", "IngestConfig", "run"]

@@ -16,6 +16,7 @@ from iir_dist.data.images import decode
 from iir_dist.data.listing import to_members
 from iir_dist.data.sources.reader import Reader
 from iir_dist.errors import ImageError
+from iir_dist.ingest.ledger import PLAN
 from iir_dist.ingest.plan import where
 from iir_dist.storage import Folder
 
@@ -34,14 +35,15 @@ SCHEMA = pa.schema(
 )
 CHECKED = pa.schema([field for field in SCHEMA if field.name != "id"])
 ROW_GROUP_BYTES = 16 * 2**20
-PLAN = "_work/plan/"
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the driver needs of a checked shard: ledger lines, and (name, place, SHA-256) of the rows that are good."""
+    """What the driver needs of a checked shard: ledger lines, how many rows are good, and where it compares their
+    bytes, (name, place, SHA-256) of each."""
 
     rejected: list[tuple[str, str, str, str]]
+    good: int
     rows: list[tuple[str, str, bytes]]
 
 
@@ -51,7 +53,7 @@ def reader() -> Reader:
     return Reader()
 
 
-def check(folder: Folder, number: int, max_megapixels: float) -> tuple[pa.Table, Checked]:
+def check(folder: Folder, number: int, max_megapixels: float, compare: bool) -> tuple[pa.Table, Checked]:
     """Read and fully decode the images of one shard; the table lacks only the ids.
 
     Raises:
@@ -63,7 +65,8 @@ def check(folder: Folder, number: int, max_megapixels: float) -> tuple[pa.Table,
     places, members = where(rows), to_members(rows)
     columns: dict[str, list[Any]] = {field.name: [] for field in CHECKED}
     batches: list[pa.RecordBatch] = []
-    result = Checked([], [])
+    rejected: list[tuple[str, str, str, str]] = []
+    good: list[tuple[str, str, bytes]] = []
     held = 0
     answers = reader().read(members)
     for row, place, (_, data) in zip(planned, places, answers, strict=True):
@@ -72,19 +75,21 @@ def check(folder: Folder, number: int, max_megapixels: float) -> tuple[pa.Table,
                 raise data
             image = decode(data, max_megapixels)
         except ImageError as error:
-            result.rejected.append((row["name"], place, error.reason, error.detail))
+            rejected.append((row["name"], place, error.reason, error.detail))
             continue
         digest = hashlib.sha256(data).digest()
         values = (row["name"], row["label"], row["split"], row["box"], image.width, image.height, digest.hex(), data)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
-        result.rows.append((row["name"], place, digest))
+        if compare:
+            good.append((row["name"], place, digest))
         held += len(data)
         if held >= ROW_GROUP_BYTES:  # Arrow's copy in place of Python's, a row group at a time
             batches.append(_batch(columns))
             held = 0
     batches.append(_batch(columns))
-    return pa.Table.from_batches(batches, CHECKED), result
+    table = pa.Table.from_batches(batches, CHECKED)
+    return table, Checked(rejected, len(table), good)
 
 
 def _batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:

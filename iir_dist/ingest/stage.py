@@ -1,44 +1,33 @@
-"""Ingest as a stage: list and plan in the driver, check and write on Ray, gather the ledger.
-
-Ids are dense over the accepted images, so shard k is written once the number accepted before it is known; until then
-its checked rows wait in the object store, not in a worker's heap.
-"""
+"""Ingest as a stage: list and plan in the driver, check and write on Ray, close the books."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from iir_dist import artifact, session
-from iir_dist.artifact import FileEntry, InputRef, Manifest, Marker, shard_name
+from iir_dist import artifact
+from iir_dist.artifact import InputRef, Manifest, Marker
 from iir_dist.config import fingerprint
 from iir_dist.data import groundtruth
 from iir_dist.data.groundtruth import GroundTruth
 from iir_dist.data.images import REASONS
-from iir_dist.data.listing import Listing, list_sources
-from iir_dist.errors import ArtifactError, ConfigError, GroundTruthError, InputError, MismatchError
-from iir_dist.ingest.check import PLAN, Checked, check, write
+from iir_dist.data.listing import list_sources
+from iir_dist.errors import ArtifactError, ConfigError, InputError
+from iir_dist.ingest.execute import execute, write_plan
 from iir_dist.ingest.known import check_count, expand
 from iir_dist.ingest.labels import read_labels
-from iir_dist.ingest.plan import IngestConfig, Plan, ledger, plan, where
-from iir_dist.lock import lock
-from iir_dist.progress import Progress
-from iir_dist.storage import Folder
+from iir_dist.ingest.ledger import LEDGER, gather
+from iir_dist.ingest.plan import IngestConfig, plan
+from iir_dist.ingest.retry import retry_rejected
+from iir_dist.storage import split_uri
 
 log = logging.getLogger(__name__)
-
-LEDGER = "rejected.parquet"
-DUPLICATES = "duplicates.parquet"
-TRANSIENT = ("unreadable", "changed")
-"""Reasons that may be gone at the next try."""
 
 
 def run(
@@ -86,9 +75,9 @@ def run(
             inputs["groundtruth"] = InputRef(uri=str(groundtruth_uri), fingerprint=fingerprint(truth.to_json()))
         labels = read_labels(labels_uri) if labels_uri else None
         if labels is not None:
-            inputs["labels"] = InputRef(uri=str(labels_uri), fingerprint=fingerprint(labels.to_pydict()))
+            inputs["labels"] = InputRef(uri=str(labels_uri), fingerprint=_content(str(labels_uri)))
         if retry:
-            manifest = _retry(out, config, inputs, listing, labels, retry)
+            manifest = retry_rejected(out, config, inputs, listing, labels, retry)
         else:
             with artifact.begin(out, "ingest", config, inputs, force=force) as work:
                 if work.finished is None:
@@ -101,8 +90,11 @@ def run(
                         totals = {
                             "in": todo.num_images, "ignored_files": listing.ignored + left_out, "queries": len(todo.boxes)
                         }  # fmt: skip
-                        marker = _write_plan(work.folder, todo, totals, 0, 0)
-                    _execute(work.folder, marker, config, work.done())
+                        marker = write_plan(work.folder, todo, totals, 0, 0)
+                        del todo
+                    del listing, labels  # a name for each image; the plan is on file
+                    pa.default_memory_pool().release_unused()
+                    execute(work.folder, marker, config, work.done())
                     manifest = _finish(work, marker, truth)
                 else:
                     manifest = work.finished
@@ -110,199 +102,21 @@ def run(
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------ plan files
-
-
-def _write_plan(folder: Folder, todo: Plan, totals: Mapping[str, int], first: int, base: int) -> Marker:
-    """Put the plan on file, a shard each, so that workers read their part and a later run goes on with this plan."""
-    for number in range(len(todo.shards)):
-        with folder.publish(f"{PLAN}{shard_name(first + number)}") as file:
-            pq.write_table(todo.rows(number), file.path, compression="zstd")
-    _write_table(folder, f"{PLAN}{LEDGER}", todo.rejected)
-    sizes = [stop - start for start, stop in todo.shards]
-    marker = Marker(
-        shard="plan", files={}, counts={key: totals[key] for key in ("in", "ignored_files", "queries")},
-        info={"sizes": sizes, "first": first, "base": base},
-    )  # fmt: skip
-    artifact.commit(folder, "plan", {}, marker.counts, marker.info)
-    return marker
-
-
-def _write_table(folder: Folder, name: str, table: pa.Table) -> FileEntry:
-    with folder.publish(name) as file:
-        pq.write_table(table, file.path)
-    return artifact.entry_of(file)
-
-
-def _read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    with folder.open(name) as file:
-        return pq.read_table(file, columns=columns)
-
-
-# ------------------------------------------------------------------------------------------------ execute
-
-
-class _Seen:
-    """The first name of every digest, for --dedupe; half of a SHA-256 tells a billion images apart."""
-
-    def __init__(self) -> None:
-        self._names: dict[bytes, str] = {}
-
-    def note(self, digest: bytes, name: str) -> str | None:
-        """The name that has these bytes already, None where this is the first."""
-        first = self._names.setdefault(digest[:16], name)
-        return None if first is name else first
-
-
-def _execute(folder: Folder, planned: Marker, config: IngestConfig, done: Mapping[int, Marker]) -> None:
-    sizes: list[int] = planned.info["sizes"]
-    first, base = planned.info["first"], planned.info["base"]
-    numbers = range(first, first + len(sizes))
-    pending = [n for n in numbers if n not in done]
-    if not pending:
-        return
-    seen = _Seen() if config.dedupe else None
-    counts = {number: done[number].counts["rows"] for number in numbers if number in done}
-    ray = session.connect()
-    check_task = ray.remote(num_returns=2)(check)
-    write_task = ray.remote(write)
-    tables: dict[int, object] = {}
-    checked: dict[int, Checked] = {}
-    checking: dict[object, int] = {}
-    writing: dict[object, int] = {}
-    window = session.cluster_cpus() + 1
-    next_write, queue = first, list(reversed(pending))
-    finished = sum(sizes[n - first] for n in counts)
-    with Progress("ingest", sum(sizes), "images", finished) as progress:
-        while queue or checking or writing:
-            # Not further ahead than `window` of the first shard that is not counted: checked tables wait in memory.
-            while queue and queue[-1] < next_write + window and len(checking) + len(writing) < window:
-                number = queue.pop()
-                tables[number], result = check_task.remote(folder, number, config.max_megapixels)
-                checking[result] = number
-            for ref in ray.wait([*checking, *writing], num_returns=1)[0] if checking or writing else []:
-                result = session.result_of(ref)
-                if ref in writing:
-                    progress.advance(sizes[writing.pop(ref) - first])
-                else:
-                    checked[checking.pop(ref)] = result
-            while next_write in counts or next_write in checked:
-                if next_write in checked:
-                    one = checked.pop(next_write)
-                    keep = _keep(one, seen)
-                    counts[next_write] = int(keep.sum())
-                    ref = write_task.remote(
-                        folder, next_write, base, tables.pop(next_write), one.rejected, None if keep.all() else keep
-                    )
-                    writing[ref] = next_write
-                elif seen is not None:
-                    _recall(folder, done[next_write], seen)
-                base += counts[next_write]
-                next_write += 1
-
-
-def _keep(one: Checked, seen: _Seen | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which rows of a shard stay; the others are added to its rejected ones."""
-    keep = np.ones(len(one.rows), bool)
-    if seen is not None:
-        for i, (name, place, digest) in enumerate(one.rows):
-            first = seen.note(digest, name)
-            if first is not None:
-                keep[i] = False
-                one.rejected.append((name, place, "duplicate", f"the same bytes as {first}"))
-    return keep
-
-
-def _recall(folder: Folder, marker: Marker, seen: _Seen) -> None:
-    """Note what an earlier run wrote."""
-    for name in marker.files:
-        table = _read_table(folder, name, ["name", "sha256"])
-        for image, digest in zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True):
-            seen.note(bytes.fromhex(digest), image)
-
-
-# ------------------------------------------------------------------------------------------------ finish
+def _content(uri: str) -> str:
+    folder, name = split_uri(uri)
+    return hashlib.sha256(folder.read(name)).hexdigest()
 
 
 def _finish(work: artifact.Work, planned: Marker, truth: GroundTruth | None) -> Manifest:
     markers = work.done()
     shards = sorted(name for marker in markers.values() for name in marker.files)
-    counts, files, info = _gather(work.folder, planned, markers, shards, truth)
+    counts, files, info = gather(work.folder, planned, markers, shards, truth)
     if truth is not None:
         with work.folder.publish(groundtruth.FILE) as file:
             file.path.write_text(truth.to_json())
         files[groundtruth.FILE] = artifact.entry_of(file)
     info["split"] = work.config.resolved()["split"]
     return work.publish(counts, files, info, shards=len(planned.info["sizes"]))
-
-
-def _gather(
-    folder: Folder, planned: Marker, markers: Mapping[int, Marker], shards: Sequence[str], truth: GroundTruth | None
-) -> tuple[dict[str, int], dict[str, FileEntry], dict[str, object]]:
-    """Counts and ledgers of all shards.
-
-    Raises:
-        InputError: no row is left.
-        GroundTruthError: the image of a query cannot be used.
-        ArtifactError: the counts do not add up.
-    """
-    # A query's image may be tried twice, as a query and as a database row; it is one image, so one line.
-    late = ledger({tuple(line) for marker in markers.values() for line in marker.info["rejected"]})
-    early = _read_table(folder, f"{PLAN}{LEDGER}")
-    rejected = pa.concat_tables([early, late]).sort_by([("name", "ascending"), ("source", "ascending")])
-    images = planned.counts["in"]
-    rows = planned.info["base"] + sum(marker.counts["rows"] for marker in markers.values())
-    if not rows:
-        first = rejected.slice(0, 1).to_pylist()[0]
-        raise InputError(
-            f"none of {images} images can be used; the first, {first['source']}: {first['reason']}, {first['detail']}"
-        )
-    if truth is not None:
-        refused = {line["name"]: line for line in late.to_pylist()}
-        for query in truth.queries:
-            bad = next((refused[n] for n in refused if n == query.image or n.endswith("/" + query.image)), None)
-            if bad is not None:
-                raise GroundTruthError(
-                    f"the image of query {query.name!r} cannot be used: {bad['reason']}, {bad['detail']}; "
-                    "mend it and run again with --force"
-                )
-    duplicates, distinct = _duplicates(folder, shards)
-    reasons = {
-        f"rejected_{reason['values']}": reason["counts"]
-        for reason in rejected["reason"].value_counts().to_pylist()
-    }  # fmt: skip
-    counts = {
-        "in": images, "out": images - len(rejected), "rejected": len(rejected), **dict(sorted(reasons.items())),
-        "rows": rows, "queries": planned.counts["queries"], "duplicates": len(duplicates),
-        "ignored_files": planned.counts["ignored_files"],
-    }  # fmt: skip
-    if distinct != counts["out"]:
-        raise ArtifactError(
-            f"{folder.uri}: {counts['in']} images went in, {counts['rejected']} were rejected and {distinct} came out; "
-            "expected them to add up: report this, and run again with --force"
-        )
-    files = {LEDGER: _write_table(folder, LEDGER, rejected), DUPLICATES: _write_table(folder, DUPLICATES, duplicates)}
-    return counts, files, {"shards": planned.info["first"] + len(planned.info["sizes"])}
-
-
-def _duplicates(folder: Folder, shards: Sequence[str]) -> tuple[pa.Table, int]:
-    """Images whose bytes an earlier one has (name, first, sha256), and how many distinct images the shards hold."""
-    tables = [_read_table(folder, shard, ["name", "split", "sha256"]) for shard in shards]
-    table = pa.concat_tables(tables)
-    table = table.append_column("at", pa.array(np.arange(len(table))))
-    # A query's image may be a database row as well; it is one image, under one name.
-    one = table.group_by("name", use_threads=False).aggregate([("at", "min")])
-    table = table.take(one["at_min"].take(pc.sort_indices(one["at_min"])))
-    table = table.take(pc.sort_indices(table, [("sha256", "ascending"), ("at", "ascending")]))
-    digest, names = table["sha256"], table["name"]
-    same = np.zeros(len(table), bool)
-    same[1:] = pc.equal(digest[1:], digest[:-1]).to_numpy() if len(table) > 1 else False
-    runs, again = np.flatnonzero(~same), np.flatnonzero(same)
-    first = runs[np.searchsorted(runs, again, side="right") - 1]
-    found = {
-        "name": names.take(pa.array(again)), "first": names.take(pa.array(first)), "sha256": digest.take(pa.array(again))
-    }  # fmt: skip
-    return pa.table(found).sort_by("name"), len(table)
 
 
 def _check_rejected(out: str, manifest: Manifest, config: IngestConfig) -> None:
@@ -317,59 +131,3 @@ def _check_rejected(out: str, manifest: Manifest, config: IngestConfig) -> None:
             f"{rejected} of {images} images were rejected ({reasons}), more than --max-rejected {config.max_rejected:g}; "
             f"{out} holds the others: see its {LEDGER}, then --retry-rejected, or allow more"
         )
-
-
-# ------------------------------------------------------------------------------------------------ try again
-
-
-def _retry(
-    out: str,
-    config: IngestConfig,
-    inputs: Mapping[str, InputRef],
-    listing: Listing,
-    labels: pa.Table | None,
-    reasons: Sequence[str],
-) -> Manifest:
-    """Append what can be had now of the images that were rejected for one of `reasons`; ids of the others stay."""
-    folder, manifest = artifact.require(out, "ingest")
-    differences = artifact.differences(
-        {k: v for k, v in manifest.config.items() if k in ("split", "dedupe")},
-        {k: v for k, v in config.resolved().items() if k in ("split", "dedupe")},
-    )
-    if differences:
-        raise MismatchError(f"{folder.uri} was ingested with another config: {'; '.join(differences)}")
-    with lock(folder):
-        work = artifact.Work(folder, "ingest", config, inputs)
-        planned = work.step("plan")
-        if planned is None:
-            artifact.check_file(folder, LEDGER, manifest.files[LEDGER])
-            todo = _again(plan(listing, config, labels=labels), _read_table(folder, LEDGER), reasons, config.shard_mb)
-            if not todo.shards:
-                log.info(
-                    "ingest: nothing to try again: no image that is still there was rejected for %s", ", ".join(reasons)
-                )
-                return manifest
-            first, base = manifest.info["shards"], manifest.counts["rows"]
-            planned = _write_plan(folder, todo, manifest.counts, first, base)
-        _execute(folder, planned, config, work.done())
-        markers = work.done()
-        shards = [*manifest.shards(), *sorted(name for marker in markers.values() for name in marker.files)]
-        counts, files, info = _gather(folder, planned, markers, shards, None)
-        return work.amend(manifest, counts, files, info)
-
-
-def _again(todo: Plan, old: pa.Table, reasons: Sequence[str], shard_mb: float) -> Plan:
-    """The part of a plan that an old ledger rejected for one of `reasons`, with the rest of that ledger."""
-    chosen = old.filter(pc.is_in(old["reason"], pa.array(reasons)))
-    likely = todo.places[
-        pc.is_in(todo.listing.names.take(pa.array(todo.places)), chosen["name"]).to_numpy(zero_copy_only=False)
-    ]
-    wanted = set(zip(chosen["name"].to_pylist(), chosen["source"].to_pylist(), strict=True))
-    table = todo.listing.take(likely)
-    keys = list(zip(table["name"].to_pylist(), where(table), strict=True))
-    places = likely[[key in wanted for key in keys]]
-    tried = wanted & set(keys)
-    rest = [
-        line for line in zip(*old.to_pydict().values(), strict=True) if line[:2] not in tried or line[2] not in reasons
-    ]
-    return todo.only(places, ledger(rest), int(shard_mb * 2**20))
