@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iir_dist.data import downloads
-from iir_dist.data.downloads import Item, fetch, fetch_all
+from iir_dist.data.downloads import Item, fetch, fetch_all, transfer, watch
 from iir_dist.errors import CorruptError, InputError, NotFoundError, StorageError, UnreachableError
 
 DATA = random.Random(1).randbytes(300_000)
@@ -34,7 +34,7 @@ MD5 = "md5:" + hashlib.md5(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(downloads, "POLL_SECONDS", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
@@ -174,7 +174,7 @@ def test_a_server_that_never_gets_further_is_given_up(server: Server, tmp_path: 
     url = server.put("/a.bin", DATA, ranges=False, every=Fault(after=100_000))
     with pytest.raises(StorageError, match=r"started from zero 6 times .* place it at .*a\.bin"):
         fetch(url, tmp_path)
-    assert len(server.requests) == 1 + downloads.MAX_RESTARTS + 1
+    assert len(server.requests) == 1 + transfer.MAX_RESTARTS + 1
 
 
 def test_416_starts_again(server: Server, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_server_may_send_the_rest_in_pieces(server: Server, tmp_path: Path, ca
 
 
 def test_patience_begins_anew_with_every_byte(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.5)
     faults = [Fault(after=33_000) for _ in range(8)]
     started = time.monotonic()
     assert fetch(server.put("/a.bin", DATA, pace=0.1, faults=faults), tmp_path).read_bytes() == DATA
@@ -230,7 +230,7 @@ def test_patience_begins_anew_with_every_byte(server: Server, tmp_path: Path, mo
 
 
 def test_a_part_of_another_address_is_not_continued(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(UnreachableError):
         fetch(server.put("/one/a.bin", DATA, every=Fault(after=100_000)), tmp_path)
     assert (tmp_path / "a.bin.part").stat().st_size == 100_000
@@ -241,7 +241,7 @@ def test_a_part_of_another_address_is_not_continued(server: Server, tmp_path: Pa
 
 def test_a_part_that_is_complete_needs_no_server(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
     """A process that was killed between the last byte and the rename."""
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
     url = server.put("/a.bin", DATA, every=Fault(after=100_000))
     with pytest.raises(UnreachableError):
         fetch(url, tmp_path)
@@ -325,7 +325,7 @@ def test_a_server_that_wants_more_patience_than_there_is(server: Server, tmp_pat
 
 
 def test_waits_grow_and_end(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.5)
     url = server.put("/a.bin", DATA, every=Fault(503))
     started = time.monotonic()
     with pytest.raises(UnreachableError, match=r"run the same command again later, it goes on at 0 bytes, or get the"):
@@ -335,7 +335,7 @@ def test_waits_grow_and_end(server: Server, tmp_path: Path, monkeypatch: Any) ->
 
 
 def test_a_short_body_is_never_accepted(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.2)
     url = server.put("/a.bin", DATA, faults=[Fault(after=100_000)], every=Fault(after=0))
     with pytest.raises(UnreachableError, match=r"the connection ended after 100000 of 300000 bytes.*at 100000 bytes"):
         fetch(url, tmp_path)
@@ -345,14 +345,14 @@ def test_a_short_body_is_never_accepted(server: Server, tmp_path: Path, monkeypa
 
 
 def test_a_silent_server_is_left(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.3)
     url = server.put("/a.bin", DATA, faults=[Fault(after=100_000, how="stall")])
     assert fetch(url, tmp_path).read_bytes() == DATA
     assert ranges(server, "/a.bin") == [None, "bytes=100000-"]
 
 
 def test_nobody_listens(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(UnreachableError, match="Connection refused"):
@@ -380,7 +380,7 @@ def test_what_is_gone_can_be_placed_by_hand(
 
 
 def test_a_file_placed_by_hand_ends_an_unfinished_download(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
     url = server.put("/a.bin", DATA, every=Fault(after=100_000))
     with pytest.raises(UnreachableError):
         fetch(url, tmp_path, SHA256)
@@ -518,7 +518,7 @@ def test_long_names_keep_their_ending() -> None:
 
 
 def test_no_secret_is_written_or_said(server: Server, tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
     login, query = "me:hush%40word@", "?token=classified"
     server.put("/a.bin" + query, DATA, faults=[Fault(503), Fault(after=100_000)], every=Fault(503))
     url = server.url("/a.bin" + query, login=login)
@@ -609,7 +609,8 @@ def test_names_that_would_collide_are_refused_before_anything_is_fetched(server:
 
 
 def test_progress_counts_what_an_earlier_run_left(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(downloads, "MB", 1000)
+    for module in (downloads, watch):
+        monkeypatch.setattr(module, "MB", 1000)
     counted: list[tuple[Any, ...]] = []
 
     class Recorder(downloads.Progress):
@@ -622,7 +623,7 @@ def test_progress_counts_what_an_earlier_run_left(server: Server, tmp_path: Path
             counted.append((units,))
 
     monkeypatch.setattr(downloads, "Progress", Recorder)
-    monkeypatch.setattr(downloads, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
     url = server.put("/a.bin", DATA, faults=[Fault(after=100_000)])
     with pytest.raises(UnreachableError):
         fetch(url, tmp_path)
