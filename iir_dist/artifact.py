@@ -155,18 +155,30 @@ def verify(uri: str | Path) -> Manifest:
     return manifest
 
 
+@contextlib.contextmanager
+def verified(folder: Folder, name: str, entry: FileEntry) -> Iterator[Path]:
+    """A local path to a file with the size and SHA-256 of its manifest; a remote one is downloaded once.
+
+    Raises:
+        CorruptError: it is missing or differs.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(folder.local(name))
+        except NotFoundError:
+            raise CorruptError(f"{folder.address(name)} is missing") from None
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CorruptError(f"{folder.address(name)} has {size} bytes, its manifest says {entry.size}")
+        if sha256_of(path) != entry.sha256:
+            raise CorruptError(f"{folder.address(name)} has other content than its manifest says (SHA-256 differs)")
+        yield path
+
+
 def check_file(folder: Folder, name: str, entry: FileEntry) -> None:
     """Raise `CorruptError` unless the file has the size and SHA-256 of its manifest."""
-    try:
-        with folder.local(name) as path:
-            size = path.stat().st_size
-            digest = sha256_of(path) if size == entry.size else ""
-    except NotFoundError:
-        raise CorruptError(f"{folder.address(name)} is missing") from None
-    if size != entry.size:
-        raise CorruptError(f"{folder.address(name)} has {size} bytes, its manifest says {entry.size}")
-    if digest != entry.sha256:
-        raise CorruptError(f"{folder.address(name)} has other content than its manifest says (SHA-256 differs)")
+    with verified(folder, name, entry):
+        pass
 
 
 def content_fingerprint(stage: str, files: Mapping[str, FileEntry]) -> str:

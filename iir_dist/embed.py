@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -54,16 +55,16 @@ class EmbedConfig(StageConfig):
 # ------------------------------------------------------------------------------------------------ decode
 
 
-def batches(folder: Folder, name: str, shard: int, size: int, resize: Resize, pixels: float) -> Iterator[pa.Table]:
+def batches(path: Path, shard: int, size: int, resize: Resize, pixels: float) -> Iterator[pa.Table]:
     """Decode one images shard, row group by row group, into batches of one shape; a pure function of the shard."""
     buckets: dict[tuple[int, int], list[tuple[int, Any, Any]]] = {}
-    with folder.local(name) as path:
-        parquet = pq.ParquetFile(path)
+    # Mapped and without reading ahead: one row group is held at a time.
+    with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as parquet:
         total = parquet.metadata.num_rows
         row = 0
         columns = ["id", "name", "split", "box", "bytes"]
-        for group in parquet.iter_batches(batch_size=64, columns=columns):
-            for item in group.to_pylist():
+        for group in range(parquet.num_row_groups):
+            for item in parquet.read_row_group(group, columns, use_threads=False).to_pylist():
                 try:
                     image = prepare(decode(item.pop("bytes"), MAX_MEGAPIXELS * 2), size, resize, item["box"])
                 except ImageError as error:
@@ -182,8 +183,8 @@ def _vectors(
 
     def decode_shard(item: dict[str, Any]) -> Iterator[pa.Table]:
         number = int(item["shard"][0])
-        artifact.check_file(images, names[number], manifest.files[names[number]])
-        yield from batches(images, names[number], number, spec.size, spec.resize, config.batch_megapixels * 1e6)
+        with artifact.verified(images, names[number], manifest.files[names[number]]) as path:
+            yield from batches(path, number, spec.size, spec.resize, config.batch_megapixels * 1e6)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

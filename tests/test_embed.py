@@ -75,7 +75,8 @@ def test_batches_are_a_function_of_the_shard(images: Path) -> None:
     folder, manifest = artifact.require(images / "benchmark", "ingest")
     name = manifest.shards()[0]
     budget = 3 * 64 * 48
-    first, second = (list(embed.batches(folder, name, 0, 64, "long", budget)) for _ in range(2))
+    with artifact.verified(folder, name, manifest.files[name]) as path:
+        first, second = (list(embed.batches(path, 0, 64, "long", budget)) for _ in range(2))
     assert [t.to_pylist() for t in first] == [t.to_pylist() for t in second]
     rows = sorted(r for t in first for r in t.column("row")[0].as_py())
     assert rows == list(range(first[0].column("total")[0].as_py()))

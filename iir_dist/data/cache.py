@@ -33,9 +33,10 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from iir_dist import artifact
 from iir_dist.artifact import FileEntry, Manifest
-from iir_dist.errors import ConfigError, CorruptError, NotFoundError, StorageError
-from iir_dist.storage import Folder, sha256_of
+from iir_dist.errors import ConfigError, CorruptError, StorageError
+from iir_dist.storage import Folder
 from iir_dist.storage.local import local_errors
 
 SCHEMA = pa.schema([("name", pa.string()), ("label", pa.string()), ("split", pa.string()), ("bytes", pa.binary())])
@@ -79,17 +80,10 @@ def fill(folder: Folder, shard: str, entry: FileEntry, path: Path, allowed: floa
         _make_room(path.parent, entry.size, allowed)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with folder.local(shard) as source:  # once: a remote shard is downloaded for the length of this block
-                if FileEntry(size=source.stat().st_size, sha256=sha256_of(source)) != entry:
-                    raise CorruptError(
-                        f"{folder.address(shard)} has other content than its manifest says (size or SHA-256 differs); "
-                        "write the artifact again with --force"
-                    )
+            with artifact.verified(folder, shard, entry) as source:
                 _convert(source, temporary)
             _make_room(path.parent, temporary.stat().st_size, allowed)  # the copy may be larger than the shard
             os.replace(temporary, path)
-        except NotFoundError:
-            raise CorruptError(f"{folder.address(shard)} is missing") from None
         finally:
             temporary.unlink(missing_ok=True)
         return _open(path) or []  # inside the block, so that nobody evicts it first
