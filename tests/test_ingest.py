@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad_images import corpus
 from PIL import Image
 
 from iir_dist import artifact, ingest
@@ -215,6 +216,21 @@ def test_bad_files_go_to_the_ledger_and_the_others_through(tmp_path: Path, ray_s
     counts = manifest.counts
     assert counts["in"] == counts["out"] + counts["rejected"] == 3 + len(expected)
     assert counts["ignored_files"] == 1
+
+
+def test_every_known_kind_of_bad_file_goes_to_the_ledger(tmp_path: Path, ray_session: None) -> None:
+    bad = corpus()
+    (tmp_path / "in").mkdir()
+    for number, (name, (data, _)) in enumerate(bad.items()):
+        (tmp_path / "in" / f"{number:03d}_{Path(name).stem}.jpg").write_bytes(data)
+    for number in range(3):
+        (tmp_path / "in" / f"good_{number}.jpg").write_bytes(jpeg(number))
+    manifest = ingest.run([str(tmp_path / "in")], str(tmp_path / "out"), small())
+    found = {name[4:]: reason for name, reason in ledger(tmp_path / "out").items()}
+    assert len(bad) > 40
+    assert found == {Path(name).stem: reason for name, (_, reason) in bad.items()}
+    assert rows(tmp_path / "out").column("name").to_pylist() == ["good_0", "good_1", "good_2"]
+    assert manifest.counts["in"] == len(bad) + 3
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, ray_session: None) -> None:

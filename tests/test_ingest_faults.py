@@ -182,6 +182,27 @@ def test_a_store_that_refuses(bucket: Folder, tmp_path: Path, setting: str, valu
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.s3
+def test_one_worker_and_storage_settings_give_the_same_rows(
+    bucket: Folder, undisturbed: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    command = ["ingest", bucket.address("loose"), "--out", str(tmp_path / "out"), "--set", "shard_mb=0.008"]
+    for setting in (f"endpoint={endpoint}", "region=us-east-1", "path_style=true", "attempts=2", "patience_sec=5"):
+        command += ["--set", f"storage.{setting}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "iir_dist", *command], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out").equals(undisturbed)
+    wrong = iir(*command, "--set", "storage.endpiont=x")
+    assert wrong.returncode == 1
+    assert "storage.endpiont is not a known key; known: attempts, endpoint" in wrong.stderr
+
+
 # ------------------------------------------------------------------------------------------------ what changes meanwhile
 
 

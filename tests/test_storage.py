@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from iir_dist.errors import InputError, NotFoundError, StorageError
+from iir_dist.errors import InputError, NotFoundError, StorageError, UnreachableError
 from iir_dist.storage import Folder, LocalFolder, S3Folder, open_folder, s3_client, sha256_of, split_uri
 
 
@@ -146,6 +146,48 @@ def test_s3_errors_name_bucket_and_variable_and_no_secret(
     assert "'test'" in str(error.value)
     assert remedy in str(error.value)
     assert "secret-value" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "part"),
+    [
+        ("AccessDenied", 403, StorageError, "lacks the permission"),
+        ("403", 403, StorageError, "check AWS_ACCESS_KEY_ID"),
+        ("ExpiredToken", 400, StorageError, "renew AWS_SESSION_TOKEN"),
+        ("RequestTimeTooSkewed", 403, StorageError, "this machine's clock"),
+        ("NoSuchKey", 404, NotFoundError, "does not exist"),
+        ("SlowDown", 503, UnreachableError, "overloaded"),
+        ("", 502, UnreachableError, "it answered 502"),
+        ("MovedPermanently", 301, StorageError, "the store answered MovedPermanently"),
+    ],
+)
+def test_what_a_store_may_answer(
+    monkeypatch: pytest.MonkeyPatch, code: str, status: int, kind: type[StorageError], part: str
+) -> None:
+    from botocore.exceptions import ClientError
+
+    from iir_dist.storage import s3
+
+    class Client:
+        asked = 0
+
+        def get_object(self, **_: str) -> None:
+            self.asked += 1
+            body = {
+                "Error": {"Code": code, "Message": "key AKIDSECRET"},
+                "ResponseMetadata": {"HTTPStatusCode": status},
+            }
+            raise ClientError(body, "GetObject")  # type: ignore[arg-type]
+
+    client = Client()
+    monkeypatch.setattr(s3, "s3_client", lambda: client)
+    monkeypatch.setenv("IIR_STORAGE_PATIENCE_SEC", "0.3")
+    with pytest.raises(StorageError, match=part) as error:
+        open_folder("s3://photos/x").read("a")
+    assert type(error.value) is kind
+    assert "AKIDSECRET" not in str(error.value)
+    assert "s3://photos/x/a" in str(error.value)
+    assert (client.asked > 1) == (kind is UnreachableError)  # what will not pass is not asked for again
 
 
 @pytest.mark.s3
