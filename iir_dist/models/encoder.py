@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from iir_dist.config import StageConfig
 from iir_dist.data.images import Resize
 from iir_dist.errors import ConfigError, CorruptError
 from iir_dist.models.backbones import BACKBONES, build_backbone, load_strictly
-from iir_dist.models.pooling import GeM, Pooling, build_pooling
+from iir_dist.models.pooling import GeM, Pooling, RegionalGeM, build_pooling
 from iir_dist.storage import Folder, sha256_of
 
+ScaleRule = Literal["mean", "max"]
 WEIGHTS, SPEC = "weights.safetensors", "encoder.json"
 
 
@@ -53,7 +54,13 @@ class EncoderConfig(StageConfig):
     """px of the long side (resize long) or of both sides (squash)."""
     resize: Resize = "squash"
     scales: tuple[float, ...] = (1.0,)
-    """Image scales whose vectors are averaged; the benchmarks' choice is [1, 0.7071, 0.5]."""
+    """Image scales whose vectors are combined; the benchmarks' choice is [1, 0.7071, 0.5]."""
+    scale_rule: ScaleRule = "mean"
+    """"mean" (generalized as GeM's, where that is the last layer) or "max" (Scale-GeM)."""
+    regional_gem: bool = False
+    """Regional GeM before the pooling."""
+    flip: bool = False
+    """Average with the mirrored image."""
     execution: ClassVar[frozenset[str]] = frozenset()
 
     @field_validator("scales")
@@ -85,6 +92,9 @@ class EncoderSpec(BaseModel):
     resize: Resize
     resample: str = "bilinear"
     scales: tuple[float, ...]
+    scale_rule: ScaleRule = "mean"
+    regional_gem: bool = False
+    flip: bool = False
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     dim: int
@@ -103,6 +113,7 @@ class Encoder(nn.Module):
         self.spec = spec
         width = BACKBONES[spec.backbone].dim
         self.trunk = trunk if trunk is not None else build_backbone(spec.backbone)
+        self.regional = RegionalGeM() if spec.regional_gem else nn.Identity()
         self.pool = build_pooling(spec.pooling, spec.p)
         self.projection = nn.Linear(width, spec.projection) if spec.projection else None
         # Constants of the input and learnt whitening: not trained, but part of the network.
@@ -115,7 +126,7 @@ class Encoder(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Trunk, pooling, L2."""
-        return F.normalize(self.pool(self.trunk((x - self.mean) / self.std)), dim=-1)
+        return F.normalize(self.pool(self.regional(self.trunk((x - self.mean) / self.std))), dim=-1)
 
     def describe(self, x: Tensor) -> Tensor:
         """One scale, before whitening: trunk, pooling, L2, projection, L2."""
@@ -125,18 +136,28 @@ class Encoder(nn.Module):
         return v
 
     def forward(self, x: Tensor) -> Tensor:
-        """All scales combined as (mean of v_s^m)^(1/m), m = GeM's p without a projection, else 1; then whitening.
+        """All scales, of the image and of its mirror image where that is asked for; then whitening."""
+        v = self._scales(x)
+        if self.spec.flip:
+            v = F.normalize(v + self._scales(x.flip(-1)), dim=-1)
+        return self.whiten(v)
 
-        The rule is cirtorch's (Radenovic et al., arXiv:1711.02512, section 5).
+    def _scales(self, x: Tensor) -> Tensor:
+        """All scales combined as (mean of v_s^m)^(1/m), m = GeM's p without a projection, else 1; or as their maximum.
+
+        The mean is cirtorch's (Radenovic et al., arXiv:1711.02512, section 5), the maximum Scale-GeM's with p at
+        infinity (Shao et al., arXiv:2308.06954, section 3.1.3).
         """
         if self.spec.scales == (1.0,):
-            return self.whiten(self.describe(x))
+            return self.describe(x)
         parts = torch.stack([self.describe(_rescale(x, s)) for s in self.spec.scales])
-        if isinstance(self.pool, GeM) and self.projection is None:
+        if self.spec.scale_rule == "max":
+            v = parts.amax(dim=0)
+        elif isinstance(self.pool, GeM) and self.projection is None:
             v = parts.pow(self.pool.p).mean(dim=0).pow(1.0 / self.pool.p)
         else:
             v = parts.mean(dim=0)
-        return self.whiten(F.normalize(v, dim=-1))
+        return F.normalize(v, dim=-1)
 
     def whiten(self, v: Tensor) -> Tensor:
         """Apply the whitening, if there is one, to unit vectors (B, D)."""
@@ -157,7 +178,8 @@ def create(config: EncoderConfig) -> Encoder:
     trunk = build_backbone(config.backbone, config.weights, config.seed)
     spec = EncoderSpec(
         backbone=config.backbone, weights=config.weights, pooling=config.pooling, p=config.p, size=config.size,
-        resize=config.resize, scales=config.scales, mean=backbone.mean, std=backbone.std, dim=backbone.dim,
+        resize=config.resize, scales=config.scales, scale_rule=config.scale_rule, regional_gem=config.regional_gem,
+        flip=config.flip, mean=backbone.mean, std=backbone.std, dim=backbone.dim,
     )  # fmt: skip
     return Encoder(spec, trunk).eval()
 

@@ -12,7 +12,7 @@ from iir_dist import artifact
 from iir_dist.errors import ConfigError, CorruptError, InputError
 from iir_dist.models import backbones, encoder
 from iir_dist.models.encoder import Encoder, EncoderConfig
-from iir_dist.models.pooling import GeM, build_pooling
+from iir_dist.models.pooling import GeM, RegionalGeM
 
 
 def small(**changes: object) -> EncoderConfig:
@@ -21,18 +21,6 @@ def small(**changes: object) -> EncoderConfig:
 
 def photos(n: int = 3, side: int = 64) -> torch.Tensor:
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def test_gem_between_mean_and_maximum() -> None:
-    x = torch.rand(2, 5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(GeM(1.0).double()(x), build_pooling("spoc")(x), atol=1e-12)
-    assert torch.allclose(GeM(400.0).double()(x), build_pooling("mac")(x), atol=2e-2)
-    slow = torch.stack([torch.stack([(m.flatten() ** 3).mean() ** (1 / 3) for m in maps]) for maps in x])
-    assert torch.allclose(GeM(3.0).double()(x), slow, atol=1e-12)
-    gem = GeM(3.0).double()
-    gem(x).sum().backward()
-    assert gem.p.grad is not None
-    assert gem.p.grad.abs() > 0
 
 
 def test_random_weights_follow_the_seed_and_leave_the_generator_alone() -> None:
@@ -44,7 +32,7 @@ def test_random_weights_follow_the_seed_and_leave_the_generator_alone() -> None:
     assert not torch.equal(a(x), c(x))
 
 
-@pytest.mark.parametrize("pooling", ["gem", "spoc", "mac"])
+@pytest.mark.parametrize("pooling", ["gem", "spoc", "mac", "rmac"])
 @pytest.mark.parametrize("scales", [[1.0], [1.0, 0.7071, 0.5]])
 def test_unit_vectors(pooling: str, scales: list[float]) -> None:
     v = encoder.create(small(pooling=pooling, scales=scales))(photos())
@@ -64,8 +52,31 @@ def test_scales_combine_by_the_published_rule() -> None:
         assert torch.allclose(network(x), expected, atol=1e-6)
 
 
+def test_scale_gem_is_the_maximum_and_flip_the_mean() -> None:
+    x = photos()
+    network = encoder.create(small(scales=[1.0, 0.5], scale_rule="max"))
+    with torch.no_grad():
+        half = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True)
+        expected = F.normalize(torch.maximum(network.describe(x), network.describe(half)), dim=1)
+        assert torch.allclose(network(x), expected, atol=1e-6)
+        both = encoder.create(small(flip=True))
+        mirrored = F.normalize(both.describe(x) + both.describe(x.flip(3)), dim=1)
+        assert torch.allclose(both(x), mirrored, atol=1e-6)
+        assert torch.allclose(both(x), both(x.flip(3)), atol=1e-5)  # which is the use of it
+
+
+def test_regional_gem_comes_before_the_pooling() -> None:
+    x = photos(2, 160)
+    plain, regional = encoder.create(small()), encoder.create(small(regional_gem=True))
+    with torch.no_grad():
+        feature_map = plain.trunk((x - plain.mean) / plain.std)
+        expected = F.normalize(GeM()(RegionalGeM()(feature_map)), dim=1)
+        assert torch.allclose(regional(x), expected, atol=1e-5)
+        assert not torch.allclose(regional(x), plain(x), atol=1e-3)
+
+
 def test_saved_and_loaded_is_the_same_network_bit_for_bit(tmp_path: Path) -> None:
-    config = small(scales=[1.0, 0.7071], p=2.5)
+    config = small(scales=[1.0, 0.7071], p=2.5, scale_rule="max", regional_gem=True, flip=True)
     manifest = encoder.run(str(tmp_path / "e"), config)
     folder, _ = artifact.require(tmp_path / "e", "encoder")
     again = encoder.load(folder, manifest)
