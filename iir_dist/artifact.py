@@ -281,21 +281,30 @@ class Work:
         return manifest
 
     def amend(
-        self, old: Manifest, counts: Mapping[str, int], files: Mapping[str, FileEntry], info: Mapping[str, Any]
+        self,
+        old: Manifest,
+        counts: Mapping[str, int],
+        files: Mapping[str, FileEntry],
+        info: Mapping[str, Any],
+        inputs: Mapping[str, InputRef] | None = None,
     ) -> Manifest:
         """Replace the manifest of a finished artifact by one with the shards of this run added, and other counts.
 
-        What the artifact was made from stays as it was.
+        Args:
+            inputs: what all of it is made from now, where that is not what it was.
         """
         added = {name: entry for marker in self._markers() for name, entry in marker.files.items()}
         entries = {**old.files, **added, **files}
-        manifest = old.model_copy(
-            update={
-                "fingerprint": content_fingerprint(self.stage, entries), "counts": dict(counts),
-                "info": {**old.info, **info}, "files": dict(sorted(entries.items())), "versions": versions(),
-                "git_commit": git_commit(),
-            }
-        )  # fmt: skip
+        changes: dict[str, Any] = {
+            "fingerprint": content_fingerprint(self.stage, entries),
+            "inputs": dict(inputs or old.inputs),
+            "counts": dict(counts),
+            "info": {**old.info, **info},
+            "files": dict(sorted(entries.items())),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+        manifest = old.model_copy(update=changes)
         self.folder.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
         self.folder.delete_all(WORK)
         return manifest

@@ -25,11 +25,13 @@ from iir_dist.config import StageConfig
 from iir_dist.data.embeddings import Embeddings, check_unit, open_embeddings, schema
 from iir_dist.data.images import MAX_MEGAPIXELS, Resize, decode, prepare
 from iir_dist.errors import CorruptError, ImageError, InputError, MismatchError
+from iir_dist.lock import lock
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder, open_folder
 
 log = logging.getLogger(__name__)
 
+REJECTED = "rejected.parquet"
 BATCH_FIELDS = pa.schema(
     [
         ("shard", pa.int64()), ("total", pa.int64()), ("row", pa.list_(pa.int64())), ("id", pa.list_(pa.int64())),
@@ -147,18 +149,71 @@ def run(inputs: str, encoder_uri: str, out: str, config: EmbedConfig, *, force: 
         return _project(inputs, encoder_folder, encoder, out, config, force)
     images, manifest = artifact.require(inputs, "ingest")
     refs = {"images": artifact.reference(images, manifest), "encoder": artifact.reference(encoder_folder, encoder)}
+    old = None if force else _of_fewer_shards(out, config, refs, manifest)
+    if old is not None:
+        return _extend(old, out, config, refs, images, manifest)
     with artifact.begin(out, "embed", config, refs, force=force) as work:
         if work.finished:
             return work.finished
-        shards = manifest.shards()
-        done = work.done()
-        pending = [n for n in range(len(shards)) if n not in done]
-        if pending:
-            rows = sum(marker.counts["in"] for marker in done.values())
-            with Progress("embed", manifest.counts["rows"], "images", done=rows) as progress:
-                for table in _vectors(images, manifest, pending, encoder_folder.uri, config, progress):
-                    _write_shard(work.folder, table, config.dtype)
-        return _finish(work, encoder, len(shards))
+        _embed(work, images, manifest, encoder_folder.uri, config, range(len(manifest.shards())))
+        return _finish(work, encoder, len(manifest.shards()), {"input_shards": _input_shards(manifest)})
+
+
+def _embed(
+    work: artifact.Work, images: Folder, manifest: Manifest, encoder_uri: str, config: EmbedConfig, shards: range
+) -> None:
+    """Write the vectors of those of `shards` that are not done."""
+    done = work.done()
+    pending = [n for n in shards if n not in done]
+    if pending:
+        rows = manifest.counts["rows"] if shards.start == 0 else None
+        finished = sum(marker.counts["in"] for marker in done.values())
+        with Progress("embed", rows, "images", done=finished) as progress:
+            for table in _vectors(images, manifest, pending, encoder_uri, config, progress):
+                _write_shard(work.folder, table, config.dtype)
+
+
+def _input_shards(images: Manifest) -> dict[str, str]:
+    return {name: images.files[name].sha256 for name in images.shards()}
+
+
+def _of_fewer_shards(
+    out: str, config: EmbedConfig, refs: Mapping[str, artifact.InputRef], images: Manifest
+) -> Manifest | None:
+    """The finished embeddings in `out`, if they are of this encoder and config, and of the first shards of `images`."""
+    old = read_manifest(open_folder(out))
+    if old is None or old.stage != "embed" or "images" not in old.inputs:
+        return None
+    there = {k: v for k, v in old.config.items() if k not in config.execution}
+    if there != config.resolved() or old.inputs["encoder"].fingerprint != refs["encoder"].fingerprint:
+        return None
+    before, now = list(old.info.get("input_shards", {}).items()), list(_input_shards(images).items())
+    return old if before and len(before) < len(now) and before == now[: len(before)] else None
+
+
+def _extend(
+    old: Manifest,
+    out: str,
+    config: EmbedConfig,
+    refs: Mapping[str, artifact.InputRef],
+    images: Folder,
+    manifest: Manifest,
+) -> Manifest:
+    """Add the shards that the images got since; what is there is not computed again."""
+    folder = open_folder(out)
+    with lock(folder):
+        work = artifact.Work(folder, "embed", config, refs)
+        first = len(old.info["input_shards"])
+        log.info("embed: %s has %d of %d shards, the others are added", folder.uri, first, len(manifest.shards()))
+        _embed(work, images, manifest, refs["encoder"].uri, config, range(first, len(manifest.shards())))
+        markers = work.done()
+        counts = {key: old.counts[key] + sum(m.counts[key] for m in markers.values()) for key in old.counts}
+        with folder.open(REJECTED) as file:
+            lost = pq.read_table(file).to_pylist()
+        for number in sorted(markers):  # a run that was killed here may have written them already
+            lost += [line for line in markers[number].info["rejected"] if line not in lost]
+        files = {REJECTED: _write_ledger(folder, lost)}
+        return work.amend(old, counts, files, {"input_shards": _input_shards(manifest)}, refs)
 
 
 def _vectors(
@@ -246,11 +301,16 @@ def _finish(work: artifact.Work, encoder: Manifest, shards: int, extra: Mapping[
     if not counts["out"]:
         raise InputError(f"none of {counts['in']} images could be embedded; first: {markers[0].info['rejected'][0]}")
     lost = [line for number in sorted(markers) for line in markers[number].info["rejected"]]
-    with work.folder.publish("rejected.parquet") as file:
-        fields = pa.schema([("name", pa.string()), ("error", pa.string())])
-        pq.write_table(pa.Table.from_pylist(lost, schema=fields), file.path)
+    ledger = _write_ledger(work.folder, lost)
     info = {"encoder_fingerprint": encoder.fingerprint, "encoder": encoder.info["encoder"], **(extra or {})}
-    return work.publish(counts, {"rejected.parquet": artifact.entry_of(file)}, info, shards=shards)
+    return work.publish(counts, {REJECTED: ledger}, info, shards=shards)
+
+
+def _write_ledger(folder: Folder, lost: list[dict[str, str]]) -> FileEntry:
+    fields = pa.schema([("name", pa.string()), ("error", pa.string())])
+    with folder.publish(REJECTED) as file:
+        pq.write_table(pa.Table.from_pylist(lost, schema=fields), file.path)
+    return artifact.entry_of(file)
 
 
 # ------------------------------------------------------------------------------------------------ whitening alone

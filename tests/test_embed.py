@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from iir_dist import artifact, embed, ingest, whiten
 from iir_dist.data.embeddings import Block, open_embeddings
 from iir_dist.data.images import decode, prepare
 from iir_dist.embed import EmbedConfig
-from iir_dist.errors import CorruptError, InputError, MismatchError
+from iir_dist.errors import CorruptError, InputError, MismatchError, StorageError
+from iir_dist.ingest import IngestConfig
 from iir_dist.models.encoder import EncoderConfig, load
 from iir_dist.models.encoder import run as make_encoder
 from iir_dist.storage import open_folder
@@ -197,3 +199,41 @@ def test_s3_to_s3(s3: str, images: Path, encoder: Path, embeddings: Path, tmp_pa
     manifest = embed.run(folder.address("images"), folder.address("encoder"), out, EmbedConfig(workers=1))
     assert manifest.fingerprint == artifact.require(embeddings / "distractors", "embed")[1].fingerprint
     artifact.verify(out)
+
+
+def test_shards_that_an_image_set_got_later_are_added(
+    world: Path, encoder: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that were tried again become new shards; only those are embedded, and kill and rerun changes nothing."""
+    photos, images, out = tmp_path / "photos", str(tmp_path / "images"), str(tmp_path / "out")
+    with tarfile.open(world / "train.tar") as archive:
+        archive.extractall(photos, filter="data")
+    files = sorted(path for path in photos.rglob("*") if path.is_file())
+    kept = {path: path.read_bytes() for path in files[3::7]}
+    for path in kept:
+        path.write_bytes(b"")
+    config = IngestConfig(split="train", shard_mb=0.02, max_rejected=1)
+    ingest.run([str(photos)], images, config)
+    before = embed.run(images, str(encoder), out, EmbedConfig())
+    for path, data in kept.items():
+        path.write_bytes(data)
+    grown = ingest.run([str(photos)], images, config, retry=("empty",))
+    written = {path.name: path.stat().st_mtime_ns for path in Path(out).glob("shard-*")}
+
+    def stop(*_: object) -> None:
+        raise StorageError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.Work, "amend", stop)
+        with pytest.raises(StorageError, match="stopped here"):
+            embed.run(images, str(encoder), out, EmbedConfig())
+    after = embed.run(images, str(encoder), out, EmbedConfig())
+    assert after.counts["out"] == before.counts["out"] + len(kept) == grown.counts["rows"]
+    assert all((Path(out) / name).stat().st_mtime_ns == time for name, time in written.items())
+    whole = embed.run(images, str(encoder), str(tmp_path / "whole"), EmbedConfig())
+    assert after.files == whole.files
+    assert after.fingerprint == whole.fingerprint
+    artifact.verify(out)
+    assert embed.run(images, str(encoder), out, EmbedConfig()) == after  # finished
+    with pytest.raises(MismatchError, match=r"config\.dtype"):
+        embed.run(images, str(encoder), out, EmbedConfig(dtype="float16"))
