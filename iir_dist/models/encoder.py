@@ -20,7 +20,7 @@ from iir_dist.artifact import FileEntry, Manifest
 from iir_dist.config import StageConfig
 from iir_dist.data.images import Resize
 from iir_dist.errors import ConfigError, CorruptError
-from iir_dist.models.backbones import BACKBONES, build_backbone, load_strictly
+from iir_dist.models.backbones import BACKBONES, TIMM, Trunk, backbone, build_backbone, load_strictly
 from iir_dist.models.pooling import GeM, Pooling, RegionalGeM, build_pooling
 from iir_dist.storage import Folder, sha256_of
 
@@ -29,25 +29,36 @@ WEIGHTS, SPEC = "weights.safetensors", "encoder.json"
 
 
 class WhiteningSpec(BaseModel):
-    """How the whitening was learnt: output dimension, power, and fingerprints of the vectors and the bare encoder."""
+    """How the whitening was learnt, and on what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    method: Literal["pca", "lw"] = "pca"
     dim: int
-    power: float
+    power: float | None
+    """Of pca."""
+    shrinkage: float | None = None
+    """Of lw."""
     learnt_on: str
+    """Fingerprint of the embeddings."""
+    images: str | None = None
+    """Fingerprint of the images artifact that they were made of."""
+    splits: dict[str, int] = {}
+    """Number of the vectors by split."""
     base: str
+    """Fingerprint of the encoder before whitening."""
 
 
 class EncoderConfig(StageConfig):
     """`[encoder]`: an off-the-shelf encoder, or the start of a training."""
 
     backbone: str = "efficientnet_lite0"
-    """Name of a trunk; `iir encoder -h` lists them."""
+    """efficientnet_lite0, _lite1, _lite2, resnet18, 34, 50, 101, convnext_tiny, _small, _base, or timm:NAME."""
     weights: str = "imagenet"
-    """"imagenet" (from a package), "random", or a .safetensors/.pth file."""
+    """"imagenet" (from a package), "random", or a .safetensors/.pth file in any layout of `checkpoints.LAYOUTS`."""
     seed: int = 0
     """Seed of random weights."""
     pooling: Pooling = "gem"
+    """"gem", "spoc", "mac", "rmac", or "cls" (a ViT's class token)."""
     p: float = Field(3.0, gt=0)
     """GeM's exponent (its start, where it is trained)."""
     size: int = Field(224, ge=16, le=4096)
@@ -73,8 +84,8 @@ class EncoderConfig(StageConfig):
     @field_validator("backbone")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in BACKBONES:
-            raise ValueError(f"not a known backbone; known: {', '.join(sorted(BACKBONES))}")
+        if name not in BACKBONES and not name.startswith(TIMM):
+            raise ValueError(f"not a known backbone; known: {', '.join(sorted(BACKBONES))}, {TIMM}NAME")
         return name
 
 
@@ -108,10 +119,10 @@ class Encoder(nn.Module):
     whiten_mean: Tensor
     whiten_matrix: Tensor
 
-    def __init__(self, spec: EncoderSpec, trunk: nn.Module | None = None) -> None:
+    def __init__(self, spec: EncoderSpec, trunk: Trunk | None = None) -> None:
         super().__init__()
         self.spec = spec
-        width = BACKBONES[spec.backbone].dim
+        width = backbone(spec.backbone).dim
         self.trunk = trunk if trunk is not None else build_backbone(spec.backbone)
         self.regional = RegionalGeM() if spec.regional_gem else nn.Identity()
         self.pool = build_pooling(spec.pooling, spec.p)
@@ -126,7 +137,9 @@ class Encoder(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Trunk, pooling, L2."""
-        return F.normalize(self.pool(self.regional(self.trunk((x - self.mean) / self.std))), dim=-1)
+        token, feature_map = self.trunk.tokens((x - self.mean) / self.std)
+        v = token if self.spec.pooling == "cls" else self.pool(self.regional(feature_map))
+        return F.normalize(cast(Tensor, v), dim=-1)
 
     def describe(self, x: Tensor) -> Tensor:
         """One scale, before whitening: trunk, pooling, L2, projection, L2."""
@@ -173,13 +186,24 @@ def _rescale(x: Tensor, scale: float) -> Tensor:
 
 
 def create(config: EncoderConfig) -> Encoder:
-    """A new encoder from a config."""
-    backbone = BACKBONES[config.backbone]
+    """A new encoder from a config.
+
+    Raises:
+        ConfigError: the backbone has no class token to pool by, or takes one size of images only.
+    """
+    chosen = backbone(config.backbone)
+    if config.pooling == "cls" and not chosen.tokens:
+        raise ConfigError(f"encoder.pooling = 'cls': {config.backbone} has no class token; expected a ViT of timm")
+    if chosen.size and (config.resize, config.scales, (config.size, config.size)) != ("squash", (1.0,), chosen.size):
+        raise ConfigError(
+            f"encoder.backbone = {config.backbone!r} takes images of {chosen.size[0]} px only: --set size={chosen.size[0]} "
+            "--set resize=squash --set scales=[1.0]"
+        )
     trunk = build_backbone(config.backbone, config.weights, config.seed)
     spec = EncoderSpec(
         backbone=config.backbone, weights=config.weights, pooling=config.pooling, p=config.p, size=config.size,
         resize=config.resize, scales=config.scales, scale_rule=config.scale_rule, regional_gem=config.regional_gem,
-        flip=config.flip, mean=backbone.mean, std=backbone.std, dim=backbone.dim,
+        flip=config.flip, mean=chosen.mean, std=chosen.std, dim=chosen.dim,
     )  # fmt: skip
     return Encoder(spec, trunk).eval()
 

@@ -167,10 +167,24 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
 
 
 def test_unknown_backbones_list_the_known() -> None:
-    with pytest.raises(ValueError, match=r"known: efficientnet_lite0, resnet101, resnet18"):
+    with pytest.raises(ValueError, match=r"known: convnext_base, .*resnet50, timm:NAME"):
         small(backbone="vgg")
     with pytest.raises(ConfigError, match="known: efficientnet_lite0"):
         backbones.build_backbone("vgg")
+
+
+def test_pooling_by_the_class_token(tmp_path: Path) -> None:
+    config = EncoderConfig(backbone="timm:vit_tiny_patch16_224", weights="random", size=64, pooling="cls")
+    manifest = encoder.run(str(tmp_path / "e"), config)
+    network = encoder.load(artifact.require(tmp_path / "e", "encoder")[0], manifest)
+    x = photos(2, 64)
+    with torch.no_grad():
+        token, feature_map = network.trunk.tokens((x - network.mean) / network.std)  # type: ignore[operator]
+        assert torch.allclose(network(x), F.normalize(token, dim=1), atol=1e-6)
+        assert feature_map.shape == (2, 192, 4, 4)
+        assert torch.equal(network(x), encoder.create(config)(x))
+    with pytest.raises(ConfigError, match=r"encoder\.pooling = 'cls': resnet18 has no class token"):
+        encoder.create(small(pooling="cls"))
 
 
 def test_the_packaged_classifier_loads() -> None:
