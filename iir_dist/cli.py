@@ -207,12 +207,16 @@ def embed(config: Any, images: str, encoder: str, out: str, force: bool) -> None
 @stage("whiten", "iir_dist.whiten:WhitenConfig")
 @click.argument("embeddings", metavar="EMBEDDINGS")
 @click.option("--encoder", required=True, metavar="ENCODER", help="Encoder that made them.")
+@click.option(
+    "--images", metavar="IMAGES", help="Images that they were made of; their labels are the pairs of method=lw."
+)
 @out
-def whiten(config: Any, embeddings: str, encoder: str, out: str, force: bool) -> None:
-    """Learn PCA whitening on a training set and store it in the encoder."""
+def whiten(config: Any, embeddings: str, encoder: str, images: str | None, out: str, force: bool) -> None:
+    """Learn whitening on a training set, by PCA or from matching pairs, and store it in the encoder."""
     from iir_dist.whiten import run
 
-    _done(out, run(embeddings, encoder, out, config, force=force), "vectors")
+    manifest = run(embeddings, encoder, out, config, images_uri=images, force=force)
+    _done(out, manifest, "vectors", "pairs", "classes", "alone", "unlabelled")
 
 
 @stage("index", "iir_dist.index.plan:IndexConfig")

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iir_dist import artifact, metrics
-from iir_dist.artifact import InputRef, Manifest
+from iir_dist.artifact import InputRef, Manifest, read_manifest
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.data import groundtruth
 from iir_dist.data.groundtruth import GroundTruth, Query
 from iir_dist.data.rankings import Rankings, open_rankings
-from iir_dist.errors import GroundTruthError
+from iir_dist.errors import CorruptError, GroundTruthError, MismatchError, StorageError
 from iir_dist.metrics import QueryScore
 from iir_dist.provenance import versions
+from iir_dist.storage import open_folder
 
 KS = (1, 5, 10)
 TOP = 20
@@ -34,6 +35,8 @@ class EvaluateConfig(StageConfig):
     """Insist on one; the ground truth says which where not set."""
     seed: int = 0
     """Of the bootstrap over queries."""
+    allow_whitening_on_test: bool = False
+    """Score also where the whitening was learnt on the images that are evaluated; the protocol then says so."""
     execution: ClassVar[frozenset[str]] = frozenset()
 
 
@@ -107,12 +110,19 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
 
     Raises:
         GroundTruthError: the two do not fit, or the protocol is another one than asked for.
+        MismatchError: the whitening was learnt on the set that is evaluated, and `config` does not allow that.
     """
     rankings, manifest, ref = open_rankings(rankings_uri)
     truth = groundtruth.read(truth_uri)
     if config.protocol is not None and config.protocol != truth.protocol:
         raise GroundTruthError(
             f"--protocol {config.protocol}: {truth_uri} is a ground truth of the {truth.protocol} protocol"
+        )
+    whitened_on = whitening_set(manifest, _images_at(truth_uri))
+    if whitened_on == EVALUATED_SET and not config.allow_whitening_on_test:
+        raise MismatchError(
+            f"{rankings_uri}: the whitening of this encoder was learnt on the images that are evaluated, which flatters the "
+            "result; learn it on a training set, or --set allow_whitening_on_test=true to score and have the protocol say so"
         )
     truth_ref = InputRef(
         uri=str(Path(truth_uri)) if "://" not in truth_uri else truth_uri, fingerprint=fingerprint(truth.to_json())
@@ -122,7 +132,7 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
             return work.finished
         scores = score(rankings, truth)
         result = {
-            "protocol": _protocol(truth, rankings, manifest),
+            "protocol": {**_protocol(truth, rankings, manifest), "whitening_set": whitened_on},
             "metrics": {
                 level: metrics.summarize([x.score for x in s], KS, seed=config.seed) for level, s in scores.items()
             },
@@ -162,6 +172,85 @@ def _protocol(truth: GroundTruth, rankings: Rankings, manifest: Manifest | None)
         "verified": manifest is not None,
         "versions": manifest.versions if manifest else versions(),
     }
+
+
+# ------------------------------------------------------------------------------------------------ whitening
+
+EVALUATED_SET = "the evaluated set"
+
+
+def whitening_set(manifest: Manifest | None, truth_images: str | None) -> str:
+    """What the whitening of the rankings was learnt on, for the protocol.
+
+    The spec of the encoder names the embeddings and the images that it was learnt on by their fingerprints; these are
+    looked for among all that the rankings were made from. Images that are only distractors may be among them, because
+    no query asks for one; that is said.
+
+    Args:
+        manifest: of the rankings, None where they are somebody else's.
+        truth_images: fingerprint of the images artifact that holds the ground truth, where it comes from one.
+    """
+    encoder = manifest.info.get("encoder") if manifest else None
+    if manifest is None or encoder is None:
+        return "unknown"
+    whitening = encoder["whitening"]
+    if whitening is None:
+        return "none, the vectors are not whitened"
+    evaluated, missing = ancestors(manifest)
+    splits = whitening.get("splits") or {}
+    if {whitening["learnt_on"], whitening.get("images")} & (evaluated | {truth_images} - {None}):
+        return "distractors of the evaluated database" if set(splits) == {"distractor"} else EVALUATED_SET
+    rows = ", ".join(f"{count} of split {split}" for split, count in splits.items()) or "an unknown number"
+    name = f"{rows}, images {str(whitening.get('images'))[:12]}"
+    if missing:
+        return f"{name}; not known whether these are evaluated, because {', '.join(missing)} cannot be read"
+    return f"{name}; none of them is evaluated"
+
+
+def ancestors(manifest: Manifest) -> tuple[set[str], list[str]]:
+    """Fingerprints of the indexes, embeddings and images that rankings were made from, and the inputs that are gone.
+
+    Encoders are not followed: what an encoder was trained on is not searched in.
+    """
+    found: set[str] = set()
+    missing: list[str] = []
+    todo = [manifest]
+    while todo:
+        inputs = todo.pop().inputs
+        for role in ("database", "queries", "embeddings", "images"):
+            if role not in inputs:
+                continue
+            found.add(inputs[role].fingerprint)
+            if role != "images":
+                parents = _manifests_of(inputs[role])
+                todo += parents
+                if not parents:
+                    missing.append(inputs[role].uri)
+    return found, missing
+
+
+def _manifests_of(ref: InputRef) -> list[Manifest]:
+    """The manifests of the folders that an input stands for; none if one is gone or has other content now."""
+    for uris in ([ref.uri], ref.uri.split(" ")):
+        try:
+            manifests = [m for m in (read_manifest(open_folder(uri)) for uri in uris) if m is not None]
+        except (StorageError, CorruptError):
+            continue
+        refs = [InputRef(uri=uri, fingerprint=m.fingerprint) for uri, m in zip(uris, manifests, strict=False)]
+        if len(refs) == len(uris) and artifact.combine(refs).fingerprint == ref.fingerprint:
+            return manifests
+    return []
+
+
+def _images_at(truth_uri: str) -> str | None:
+    """Fingerprint of the images artifact that a ground truth was read from, None where it comes from elsewhere."""
+    if truth_uri.endswith((".json", ".pkl", ".pickle")):
+        return None
+    manifest = read_manifest(open_folder(truth_uri))
+    return manifest.fingerprint if manifest else None
+
+
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def _curve(scored: Sequence[Scored]) -> list[float]:

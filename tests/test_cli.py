@@ -62,7 +62,7 @@ def test_every_command_explains_itself(name: str) -> None:
         (["evaluate", "OUT/nothing", "--groundtruth", "OUT/none.pkl", "--out", "OUT/x"], ["no manifest.json"]),
         (
             ["encoder", "--out", "OUT/x", "--set", "backbone=vgg"],
-            ["encoder.backbone = 'vgg'", "known: efficientnet_lite0"],
+            ["encoder.backbone = 'vgg'", "known: convnext_base"],
         ),
         (["encoder", "--out", "OUT/x", "--set", "sise=3"], ["encoder.sise is not a known key", "known: backbone"]),
         (["encoder", "--out", "OUT/x", "--config", "OUT/none.toml"], ["cannot read the config file", "none.toml"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from iir_dist import artifact, evaluate, report
-from iir_dist.errors import GroundTruthError, InputError
+from iir_dist import artifact, embed, evaluate, report, whiten
+from iir_dist.errors import GroundTruthError, InputError, MismatchError
 from iir_dist.evaluate import EvaluateConfig
-from iir_dist.index import search
+from iir_dist.index import build, search
+from iir_dist.index.plan import IndexConfig
 from iir_dist.index.search import SearchConfig
 
 GND: dict[str, Any] = {
@@ -183,3 +185,76 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
         report.run([], [], str(tmp_path), report.ReportConfig())
     with pytest.raises(InputError, match="has 1 names for 2 evaluations"):
         report.run(["a", "b"], [], str(tmp_path), report.ReportConfig(labels=("x",)))
+
+
+# ------------------------------------------------------------------------------------------------ what whitening saw
+
+
+def whitened(embeddings: Path, encoder: Path, out: Path, learnt_on: str, **settings: Any) -> dict[str, str]:
+    """Whitening learnt on one set; benchmark and distractors through it; their folders."""
+    config = whiten.WhitenConfig.model_validate({"dim": 4, **settings})
+    whiten.run(str(embeddings / learnt_on), str(encoder), str(out / "white"), config)
+    for name in ("benchmark", "distractors"):
+        embed.run(str(embeddings / name), str(out / "white"), str(out / name), embed.EmbedConfig())
+    return {name: str(out / name) for name in ("benchmark", "distractors")}
+
+
+def whitening_of(rankings: Path, truth: Path | str, out: Path, *, allow: bool = False) -> str:
+    evaluate.run(str(rankings), str(truth), str(out), EvaluateConfig(allow_whitening_on_test=allow))
+    found: str = json.loads((out / "metrics.json").read_text())["protocol"]["whitening_set"]
+    return found
+
+
+@pytest.mark.ray
+def test_whitening_learnt_on_the_evaluated_set(images: Path, encoder: Path, embeddings: Path, tmp_path: Path) -> None:
+    """Refused with the ground truth in the images or apart, and also when the vectors are indexed."""
+    t = tmp_path
+    vectors = whitened(embeddings, encoder, t / "e", "benchmark", allow_benchmark=True)
+    both = [vectors["benchmark"], vectors["distractors"]]
+    build.run(both, str(t / "index"), IndexConfig(factory="IVF2,Flat"))
+    search.run(both, [vectors["benchmark"]], str(t / "exact"), SearchConfig())
+    search.run([str(t / "index")], [vectors["benchmark"]], str(t / "indexed"), SearchConfig(nprobe=2))
+    shutil.copy(images / "benchmark" / "groundtruth.json", t / "truth.json")
+    for rankings in ("exact", "indexed"):
+        for number, truth in enumerate((images / "benchmark", t / "truth.json")):
+            out = t / f"m-{rankings}-{number}"
+            with pytest.raises(MismatchError, match="learnt on the images that are evaluated"):
+                whitening_of(t / rankings, truth, out)
+            assert not out.exists()
+            assert whitening_of(t / rankings, truth, out, allow=True) == "the evaluated set"
+    # The folders in between are gone: the ground truth's own images are still known, those of a file are not.
+    shutil.rmtree(t / "e")
+    with pytest.raises(MismatchError, match="learnt on the images that are evaluated"):
+        whitening_of(t / "exact", images / "benchmark", t / "m")
+    assert "not known whether these are evaluated" in whitening_of(t / "exact", t / "truth.json", t / "m")
+
+
+@pytest.mark.ray
+def test_whitening_learnt_elsewhere_is_named(images: Path, encoder: Path, embeddings: Path, tmp_path: Path) -> None:
+    t, truth = tmp_path, images / "benchmark"
+    vectors = whitened(embeddings, encoder, t / "e", "distractors")
+    benchmark, distractors = vectors["benchmark"], vectors["distractors"]
+    search.run([benchmark], [benchmark], str(t / "alone"), SearchConfig())
+    search.run([benchmark, distractors], [benchmark], str(t / "among"), SearchConfig())
+    name = artifact.require(images / "distractors", "ingest")[1].fingerprint[:12]
+    expected = f"16 of split distractor, images {name}; none of them is evaluated"
+    assert whitening_of(t / "alone", truth, t / "m1") == expected
+    # No query asks for a distractor: allowed, but said.
+    assert whitening_of(t / "among", truth, t / "m2") == "distractors of the evaluated database"
+    # A folder that holds other vectors now says nothing about those that were searched.
+    manifest = json.loads((t / "e" / "benchmark" / "manifest.json").read_text())
+    manifest["fingerprint"] = "0" * 64
+    (t / "e" / "benchmark" / "manifest.json").write_text(json.dumps(manifest))
+    found = whitening_of(t / "alone", truth, t / "m3")
+    assert f"not known whether these are evaluated, because {benchmark}" in found
+
+
+@pytest.mark.ray
+def test_no_whitening_is_said_too(images: Path, embeddings: Path, tmp_path: Path) -> None:
+    benchmark = str(embeddings / "benchmark")
+    search.run([benchmark], [benchmark], str(tmp_path / "r"), SearchConfig())
+    assert whitening_of(tmp_path / "r", images / "benchmark", tmp_path / "m") == "none, the vectors are not whitened"
+
+
+def test_whitening_of_foreign_rankings_is_unknown(tmp_path: Path) -> None:
+    assert run(tmp_path, {"q": ["a", "b"]})["protocol"]["whitening_set"] == "unknown"
