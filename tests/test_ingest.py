@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bad_images import corpus
+from photos import image_rows as rows
+from photos import jpeg
 from PIL import Image
 
 from iir_dist import artifact, ingest
@@ -34,22 +36,6 @@ from iir_dist.storage import open_folder, sha256_of
 pytestmark = pytest.mark.ray
 
 Killed = Callable[[list[str], Path], None]
-
-
-def jpeg(seed: int = 0, size: tuple[int, int] = (48, 32)) -> bytes:
-    rng = np.random.default_rng(seed)
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8), "RGB").save(out, "JPEG")
-    return out.getvalue()
-
-
-def rows(out: Path | str) -> pa.Table:
-    folder, manifest = artifact.require(out, "ingest")
-    tables = []
-    for shard in manifest.shards():
-        with folder.local(shard) as path:
-            tables.append(pq.read_table(path))
-    return pa.concat_tables(tables)
 
 
 def ledger(out: Path | str) -> dict[str, str]:
@@ -116,7 +102,11 @@ def test_shards_are_cut_by_size() -> None:
     assert todo.shards == ((0, 2), (2, 4), (4, 6), (6, 7))
     assert plan(listing(*"abc", size=4000), IngestConfig(shard_mb=1000 / 2**20)).shards == ((0, 1), (1, 2), (2, 3))
     many = listing(*map(str, range(70_000)), size=0)
-    assert plan(many, IngestConfig()).shards == ((0, 32768), (32768, 65536), (65536, 70_000))
+    assert plan(many, IngestConfig()).shards == (
+        (0, 8192),
+        *((n, n + 8192) for n in range(8192, 65_536, 8192)),
+        (65_536, 70_000),
+    )
 
 
 def test_of_equal_names_the_first_stays() -> None:

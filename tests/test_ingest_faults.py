@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
@@ -13,12 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faults import KINDS, FaultyProxy
-from PIL import Image
+from photos import image_rows as rows
+from photos import jpeg, tar_of
 
 from iir_dist import artifact, ingest
 from iir_dist.errors import ArtifactError, StorageError
@@ -29,23 +28,7 @@ pytestmark = pytest.mark.ray
 SMALL = IngestConfig(shard_mb=0.008)
 
 
-def jpeg(seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8), "RGB").save(out, "JPEG")
-    return out.getvalue()
-
-
-PHOTOS = {f"jpg/{n:04d}.jpg": jpeg(n) for n in range(120)}
-
-
-def rows(uri: Path | str) -> pa.Table:
-    folder, manifest = artifact.require(uri, "ingest")
-    tables = []
-    for shard in manifest.shards():
-        with folder.local(shard) as path:
-            tables.append(pq.read_table(path))
-    return pa.concat_tables(tables)
+PHOTOS = {f"jpg/{n:04d}.jpg": jpeg(n, (24, 16)) for n in range(120)}
 
 
 def iir(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,11 +41,7 @@ def iir(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     path = tmp_path / "photos.tar"
-    with tarfile.open(path, "w") as archive:
-        for name, data in PHOTOS.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_of(PHOTOS))
     return path
 
 

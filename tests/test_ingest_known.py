@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import io
 import pickle
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from http_server import Server, serve
-from PIL import Image
+from photos import image_rows, jpeg
+from photos import tar_of as tar
 
 from iir_dist import artifact, ingest
 from iir_dist.data import catalog
@@ -28,30 +27,8 @@ pytestmark = pytest.mark.ray
 ANY = IngestConfig(max_rejected=1)
 
 
-def jpeg(seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), "RGB").save(out, "JPEG")
-    return out.getvalue()
-
-
-def tar(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def rows(out: Path) -> list[dict[str, object]]:
-    folder, manifest = artifact.require(out, "ingest")
-    found = []
-    for shard in manifest.shards():
-        with folder.local(shard) as path:
-            found += pq.read_table(path, columns=["name", "label", "split", "box"]).to_pylist()
-    return found
+    return list(image_rows(out).select(["name", "label", "split", "box"]).to_pylist())
 
 
 @pytest.fixture
@@ -82,7 +59,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ray_session: None) 
 
 
 GT = {
-    "all_souls_1_query.txt": b"oxc1_all_souls_000013 1 2 40 50", "all_souls_1_good.txt": b"all_souls_000013\n",
+    "all_souls_1_query.txt": b"oxc1_all_souls_000013 1 2 40 30", "all_souls_1_good.txt": b"all_souls_000013\n",
     "all_souls_1_ok.txt": b"oxford_002985\n", "all_souls_1_junk.txt": b"",
 }  # fmt: skip
 
@@ -95,7 +72,7 @@ def test_oxford_as_it_was_published_first(publish: object, tmp_path: Path) -> No
     )  # type: ignore[operator]
     manifest = ingest.run(["oxford5k"], str(tmp_path / "out"), ANY)
     assert [(row["name"], row["split"], row["box"]) for row in rows(tmp_path / "out")] == [
-        *((name, "db", None) for name in names), ("all_souls_000013", "query", [1.0, 2.0, 40.0, 50.0])
+        *((name, "db", None) for name in names), ("all_souls_000013", "query", [1.0, 2.0, 40.0, 30.0])
     ]  # fmt: skip
     assert manifest.counts["queries"] == 1
     assert (tmp_path / "out" / "groundtruth.json").exists()

@@ -26,7 +26,7 @@ Split = Literal["db", "query", "train", "distractor"]
 ROWS = pa.schema([*MEMBERS, pa.field("box", pa.list_(pa.float32(), 4))])
 """A plan's rows: a member of a source, and what its row of `images/` is to say."""
 REJECTED = pa.schema([(name, pa.string()) for name in ("name", "source", "reason", "detail")])
-MAX_SHARD_ROWS = 32_768
+MAX_SHARD_ROWS = 8192
 """However small the images are: a shard is also what a killed run does again."""
 PIECE = 8192
 """Rows that are looked at at once."""

@@ -57,9 +57,9 @@ class LocalFolder(Folder):
             temporary = _temporary_beside(target)
             try:
                 temporary.write_bytes(data)
-                _sync(temporary)
+                sync(temporary)
                 os.link(temporary, target)  # unlike rename, a link never replaces what is there
-                _sync(target.parent)
+                sync(target.parent)
             except FileExistsError:
                 return False
             finally:
@@ -76,9 +76,9 @@ class LocalFolder(Folder):
             try:
                 yield publication
                 publication.size, publication.sha256 = temporary.stat().st_size, sha256_of(temporary)
-                _sync(temporary)
+                sync(temporary)
                 os.replace(temporary, target)
-                _sync(target.parent)
+                sync(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -138,7 +138,8 @@ def _temporary_beside(target: Path) -> Path:
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file or folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import tarfile
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from photos import tar_of
 
 from iir_dist.data import sources
 from iir_dist.data.listing import Listing, list_sources, to_members
@@ -27,16 +27,6 @@ from iir_dist.errors import ImageError, InputError
 
 FILES = {"jpg/b_2.jpg": b"two", "jpg/a_1.JPG": b"one", "jpg/sub/c.png": b"three", "readme.txt": b"words"}
 KINDS = ("folder", "tar", "zip", "tar.gz", "tgz", "tar.zst", "tar.bz2", "tar.xz")
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def zstd(data: bytes) -> bytes:

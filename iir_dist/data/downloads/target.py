@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -235,12 +234,3 @@ def new_digests(target: Target) -> dict[str, Any]:
     """Empty digests: SHA-256, and MD5 where that is the checksum."""
     names = {"sha256", target.algorithm or "sha256"}
     return {name: hashlib.new(name, usedforsecurity=False) for name in sorted(names)}
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

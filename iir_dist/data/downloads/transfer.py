@@ -26,12 +26,12 @@ from iir_dist.data.downloads.target import (
     hash_file,
     new_digests,
     read_json,
-    sync,
     write_json,
     write_record,
 )
 from iir_dist.data.downloads.watch import Watch
 from iir_dist.errors import CorruptError, NotFoundError, StorageError, UnreachableError
+from iir_dist.storage.local import sync
 
 log = logging.getLogger(__name__)
 
