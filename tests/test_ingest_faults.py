@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,9 +22,11 @@ from photos import image_rows as rows
 from photos import jpeg, tar_of
 
 from iir_dist import artifact, ingest
-from iir_dist.errors import ArtifactError, StorageError
+from iir_dist.errors import ArtifactError, BusyError, StorageError
 from iir_dist.ingest import IngestConfig
+from iir_dist.lock import lock
 from iir_dist.storage import Folder, open_folder, s3_client
+from iir_dist.storage import s3 as storage_s3
 
 pytestmark = pytest.mark.ray
 SMALL = IngestConfig(shard_mb=0.008)
@@ -93,6 +97,49 @@ def test_a_store_that_is_gone_for_a_while(bucket: Folder, proxy: FaultyProxy) ->
     proxy.gone_until = time.monotonic() + 6
     assert len(list(bucket.list("loose/"))) == len(PHOTOS)
     assert proxy.seen["drop"] > 3
+
+
+@pytest.mark.s3
+def test_a_store_that_stalls_for_longer_than_we_read(
+    bucket: Folder, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy is silent for half a second at every second request; nobody waits for it to the end."""
+    monkeypatch.setattr(storage_s3, "READ_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(faults, "KINDS", ("stall",))
+    proxy.every = 2
+    s3_client.cache_clear()
+    wanted = dict(list(PHOTOS.items())[:10])
+    assert {name: bucket.read(f"loose/{name}") for name in wanted} == wanted
+    assert proxy.seen["stall"] > 5
+    assert proxy.seen.total() > 10 + 5  # a stalled request was made again
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("minutes", [-10, 10])
+def test_a_clock_that_is_wrong(
+    bucket: Folder, undisturbed: pa.Table, monkeypatch: pytest.MonkeyPatch, minutes: int
+) -> None:
+    """A machine whose clock is minutes off signs, lists and holds leases as any other."""
+    import botocore.auth
+
+    now = botocore.auth.get_current_datetime
+    asked: list[object] = []
+
+    def wrong(*arguments: object, **options: object) -> object:
+        asked.append(arguments)
+        return now(*arguments, **options) + datetime.timedelta(minutes=minutes)
+
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", wrong)
+    out = bucket.child("skewed")
+    ingest.run([bucket.address("loose")], out.uri, SMALL)
+    assert rows(out.uri).equals(undisturbed)
+    held = bucket.child("held")
+    with lock(held):
+        # By this clock the lease is minutes old or from the future; by the store's it is fresh.
+        assert 0 <= held.age("_work/lease.json")[1] < 30  # type: ignore[attr-defined]
+        with pytest.raises(BusyError), lock(held):
+            pass
+    assert asked  # the clock that is wrong is the one that signs
 
 
 @pytest.mark.s3

@@ -25,6 +25,8 @@ from iir_dist.storage.settings import StorageConfig
 
 BLOCK_BYTES = 8 * 2**20
 """Read-ahead of a seekable object."""
+READ_TIMEOUT_SEC = 30.0
+"""A connection that says nothing for so long is dropped, and the request is made again."""
 T = TypeVar("T")
 
 
@@ -205,7 +207,7 @@ def s3_client() -> Any:
     return boto3.session.Session().client(
         "s3",
         config=BotoConfig(
-            max_pool_connections=64, retries=retries, connect_timeout=10, read_timeout=30,
+            max_pool_connections=64, retries=retries, connect_timeout=10, read_timeout=READ_TIMEOUT_SEC,
             s3={"addressing_style": "path"} if config.path_style else None,
         ),
     )  # fmt: skip
