@@ -107,9 +107,8 @@ def find_duplicates(folder: Folder, shards: Sequence[str], queries: bool) -> tup
     runs, again = np.flatnonzero(~same), np.flatnonzero(same)
     first = place[order[runs[np.searchsorted(runs, again, side="right") - 1]]]
     found = place[order[again]]
-    names, sums = _look_up(folder, shards, np.concatenate([found, first]))
-    columns = [names[: len(found)], names[len(found) :], sums[: len(found)]]
-    return pa.table(dict(zip(DUPLICATE.names, columns, strict=True)), schema=DUPLICATE).sort_by("name"), len(order)
+    columns = [_look_up(folder, shards, *which) for which in ((found, "name"), (first, "name"), (found, "sha256"))]
+    return pa.table(columns, schema=DUPLICATE).sort_by("name"), len(order)
 
 
 def _queries_in_database(folder: Folder, shards: Sequence[str]) -> pa.Array:
@@ -126,11 +125,14 @@ def _queries_in_database(folder: Folder, shards: Sequence[str]) -> pa.Array:
     return pa.array(sorted(there), pa.string())
 
 
-def _look_up(folder: Folder, shards: Sequence[str], places: npt.NDArray[np.int64]) -> tuple[list[str], list[str]]:
-    """Name and SHA-256 of rows given as (shard, row)."""
-    names, sums = np.empty(len(places), object), np.empty(len(places), object)
-    for number in np.unique(places[:, 0]):
-        here = places[:, 0] == number
-        table = read_table(folder, shards[number], ["name", "sha256"]).take(pa.array(places[here, 1]))
-        names[here], sums[here] = table["name"].to_pylist(), table["sha256"].to_pylist()
-    return names.tolist(), sums.tolist()
+def _look_up(folder: Folder, shards: Sequence[str], places: npt.NDArray[np.int64], column: str) -> pa.Array:
+    """A column's values at rows given as (shard, row)."""
+    order = np.argsort(places[:, 0], kind="stable")
+    numbers, rows = places[order].T
+    parts = [
+        read_table(folder, shards[number], [column])[column].take(pa.array(rows[numbers == number])).combine_chunks()
+        for number in np.unique(numbers)
+    ]
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(parts).take(pa.array(back)) if parts else pa.array([], pa.string())
