@@ -228,7 +228,7 @@ def memory(_: str | None, __: int, scratch: Path) -> None:
         def tiny(count: int = count, rng: random.Random = rng) -> Iterator[tuple[str, bytes]]:
             for n in range(count):
                 out = io.BytesIO()
-                Image.new("RGB", (24, 16), (rng.randrange(256), n % 256, n // 256 % 256)).save(out, "JPEG", quality=50)
+                Image.frombytes("RGB", (24, 16), rng.randbytes(24 * 16 * 3)).save(out, "JPEG", quality=50)
                 yield f"jpg/{n:06d}.jpg", out.getvalue()
 
         tar = scratch / f"{count}.tar"
