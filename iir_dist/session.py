@@ -97,6 +97,11 @@ def cluster_gpus() -> int:
     return int(connect().cluster_resources().get("GPU", 0))
 
 
+def object_stores_bytes() -> int:
+    """Ray's object stores of the connected cluster, all nodes."""
+    return int(connect().cluster_resources().get("object_store_memory", 0))
+
+
 def result_of(ref: Any) -> Any:
     """`ray.get`, with an error of ours raised as itself and not wrapped in Ray's traceback."""
     import ray

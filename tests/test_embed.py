@@ -17,6 +17,7 @@ from iir_dist import artifact, embed, ingest, whiten
 from iir_dist.data.embeddings import Block, open_embeddings
 from iir_dist.data.images import decode, prepare
 from iir_dist.embed import EmbedConfig
+from iir_dist.embed.decode import batches
 from iir_dist.errors import CorruptError, InputError, MismatchError, StorageError
 from iir_dist.ingest import IngestConfig
 from iir_dist.models.encoder import EncoderConfig, load
@@ -78,7 +79,7 @@ def test_batches_are_a_function_of_the_shard(images: Path) -> None:
     name = manifest.shards()[0]
     budget = 3 * 64 * 48
     with artifact.verified(folder, name, manifest.files[name]) as path:
-        first, second = (list(embed.batches(path, 0, 64, "long", budget)) for _ in range(2))
+        first, second = (list(batches(path, 0, 64, "long", budget)) for _ in range(2))
     assert [t.to_pylist() for t in first] == [t.to_pylist() for t in second]
     rows = sorted(r for t in first for r in t.column("row")[0].as_py())
     assert rows == list(range(first[0].column("total")[0].as_py()))
