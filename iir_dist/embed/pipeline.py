@@ -69,12 +69,13 @@ def vectors(
     from iir_dist.embed.forward import Embedder
 
     names = manifest.shards()
-    pixels = config.batch_megapixels * 1e6
+    # Not the spec itself: unpickling it would load torch into every decoder.
+    size, resize, pixels = spec.size, spec.resize, config.batch_megapixels * 1e6
 
     def decode_shard(item: dict[str, Any]) -> Iterator[pa.Table]:
         number = int(item["shard"][0])
         with artifact.verified(images, names[number], manifest.files[names[number]]) as path:
-            yield from batches(path, number, spec.size, spec.resize, pixels)
+            yield from batches(path, number, size, resize, pixels)
 
     starts = ray.remote(num_cpus=0)(Starts).remote()
     context = data.DataContext.get_current()

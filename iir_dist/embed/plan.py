@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MB = 2**20
-FORWARD_PROCESS = 420 * MB
+FORWARD_PROCESS = 600 * MB
 """A Python process with Ray and torch, before it loads a network."""
-DECODE_PROCESS = 170 * MB
-DRIVER_PROCESS = 330 * MB
+DECODE_PROCESS = 130 * MB
+DRIVER_PROCESS = 620 * MB
 LARGE_PHOTO = 24e6
 """Pixels; decoders are planned for one of them each, in RGB, and its resized copies."""
 ROW_BYTES = 200
