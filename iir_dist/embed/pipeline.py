@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,11 @@ from iir_dist.embed.config import EmbedConfig
 from iir_dist.embed.decode import batches
 from iir_dist.embed.plan import EmbedPlan
 from iir_dist.errors import CorruptError, IirError
-from iir_dist.models.encoder import EncoderSpec
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder
+
+if TYPE_CHECKING:  # this module is loaded by decoders, which need no torch
+    from iir_dist.models.encoder import EncoderSpec
 
 log = logging.getLogger(__name__)
 
