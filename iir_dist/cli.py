@@ -205,18 +205,24 @@ def embed(config: Any, images: str, encoder: str, out: str, force: bool) -> None
 
 
 @stage("whiten", "iir_dist.whiten:WhitenConfig")
-@click.argument("embeddings", metavar="EMBEDDINGS")
-@click.option("--encoder", required=True, metavar="ENCODER", help="Encoder that made them.")
+@click.argument("inputs", metavar="EMBEDDINGS|IMAGES")
+@click.option("--encoder", required=True, metavar="ENCODER", help="Encoder to whiten; it made the embeddings.")
 @click.option(
-    "--images", metavar="IMAGES", help="Images that they were made of; their labels are the pairs of method=lw."
+    "--images",
+    metavar="IMAGES",
+    help="Images that the embeddings were made of; their labels are the pairs of method=lw.",
 )
 @out
-def whiten(config: Any, embeddings: str, encoder: str, images: str | None, out: str, force: bool) -> None:
-    """Learn whitening on a training set, by PCA or from matching pairs, and store it in the encoder."""
+def whiten(config: Any, inputs: str, encoder: str, images: str | None, out: str, force: bool) -> None:
+    """Learn whitening on a training set and store it in the encoder.
+
+    By PCA (method=pca) or from matching pairs (method=lw) of EMBEDDINGS; or PCA of each region of R-MAC (method=regions),
+    learnt on a sample of IMAGES, which can be followed by one of the others.
+    """
     from iir_dist.whiten import run
 
-    manifest = run(embeddings, encoder, out, config, images_uri=images, force=force)
-    _done(out, manifest, "vectors", "pairs", "classes", "alone", "unlabelled")
+    manifest = run(inputs, encoder, out, config, images_uri=images, force=force)
+    _done(out, manifest, "vectors", "pairs", "classes", "alone", "unlabelled", "images", "rejected", "regions")
 
 
 @stage("index", "iir_dist.index.plan:IndexConfig")

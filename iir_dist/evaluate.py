@@ -180,7 +180,7 @@ EVALUATED_SET = "the evaluated set"
 
 
 def whitening_set(manifest: Manifest | None, truth_images: str | None) -> str:
-    """What the whitening of the rankings was learnt on, for the protocol.
+    """What the whitening of the rankings was learnt on, that of R-MAC's regions included, for the protocol.
 
     The spec of the encoder names the embeddings and the images that it was learnt on by their fingerprints; these are
     looked for among all that the rankings were made from. Images that are only distractors may be among them, because
@@ -193,18 +193,25 @@ def whitening_set(manifest: Manifest | None, truth_images: str | None) -> str:
     encoder = manifest.info.get("encoder") if manifest else None
     if manifest is None or encoder is None:
         return "unknown"
-    whitening = encoder["whitening"]
-    if whitening is None:
+    learnt = [w for w in (encoder.get("region_whitening"), encoder["whitening"]) if w is not None]
+    if not learnt:
         return "none, the vectors are not whitened"
     evaluated, missing = ancestors(manifest)
-    splits = whitening.get("splits") or {}
-    if {whitening["learnt_on"], whitening.get("images")} & (evaluated | {truth_images} - {None}):
-        return "distractors of the evaluated database" if set(splits) == {"distractor"} else EVALUATED_SET
-    rows = ", ".join(f"{count} of split {split}" for split, count in splits.items()) or "an unknown number"
-    name = f"{rows}, images {str(whitening.get('images'))[:12]}"
+    here = [w for w in learnt if {w["learnt_on"], w.get("images")} & (evaluated | {truth_images} - {None})]
+    if here:
+        only_distractors = all(set(w.get("splits") or {}) == {"distractor"} for w in here)
+        return "distractors of the evaluated database" if only_distractors else EVALUATED_SET
+    name = " and ".join(map(_learnt_on, learnt))
     if missing:
         return f"{name}; not known whether these are evaluated, because {', '.join(missing)} cannot be read"
     return f"{name}; none of them is evaluated"
+
+
+def _learnt_on(whitening: Mapping[str, Any]) -> str:
+    splits = whitening.get("splits") or {}
+    rows = ", ".join(f"{count} of split {split}" for split, count in splits.items()) or "an unknown number"
+    regions = "regions of " if whitening.get("method") == "regions" else ""
+    return f"{regions}{rows}, images {str(whitening.get('images'))[:12]}"
 
 
 def ancestors(manifest: Manifest) -> tuple[set[str], list[str]]:

@@ -1,10 +1,12 @@
-"""Whitening, by PCA or learnt from matching pairs (Lw), stored in the encoder as its last, linear step."""
+"""Whitening, by PCA or learnt from matching pairs (Lw), stored in the encoder as its last, linear step; or PCA of the
+regions of R-MAC, stored in the pooling.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,9 @@ from iir_dist.errors import ConfigError, InputError, MismatchError
 from iir_dist.storage import Folder
 from iir_dist.vectors import F32, I64, normalize
 
+if TYPE_CHECKING:
+    from iir_dist.models.encoder import EncoderSpec
+
 F64 = npt.NDArray[np.float64]
 
 JITTER = 1e-10
@@ -29,23 +34,29 @@ JITTER = 1e-10
 class WhitenConfig(StageConfig):
     """`[whiten]`."""
 
-    method: Literal["pca", "lw"] = "pca"
-    """lw learns from matching pairs, so it needs labels (--images)."""
+    method: Literal["pca", "lw", "regions"] = "pca"
+    """lw learns from matching pairs, so it needs labels (--images); regions is PCA of R-MAC's regions, and takes images."""
     dim: int = Field(256, ge=1)
-    """Dimensions kept: those of largest variance (pca), or of most variance against that of matching pairs (lw)."""
+    """Dimensions kept: those of largest variance, or (lw) of most variance against that of matching pairs."""
     power: float = Field(0.25, ge=0, le=0.5)
-    """Of pca. Each direction is divided by variance^power: 0.5 whitens fully, 0.25 half-way (less noise from few images)."""
+    """Of pca and regions. Each direction is divided by variance^power: 0.5 whitens fully, 0.25 half-way (less noise from few
+    images)."""
     shrinkage: float = Field(0.7, ge=0, le=1)
     """Of lw. How far the covariance of matching pairs is drawn to a multiple of the identity; 0 trusts the pairs alone."""
+    sample: int = Field(2000, ge=1)
+    """Of regions. Images that are drawn to learn on, at most; each gives some 15 to 30 regions a scale."""
+    seed: int = 0
+    """Of regions. Of the draw."""
     allow_benchmark: bool = False
     """Learn on a set that has queries; whoever evaluates on it must allow that too."""
     execution: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        other = {"pca": "shrinkage", "lw": "power"}[self.method]
-        if getattr(self, other) != type(self).model_fields[other].default:
-            raise ValueError(f"{other} does nothing with method = {self.method!r}; leave it out")
+        used = {"pca": {"power"}, "lw": {"shrinkage"}, "regions": {"power", "sample", "seed"}}[self.method]
+        for key in ("power", "shrinkage", "sample", "seed"):
+            if key not in used and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} does nothing with method = {self.method!r}; leave it out")
         return self
 
 
@@ -218,7 +229,7 @@ def read_classes(images: Folder, manifest: Manifest) -> I64:
 
 
 def run(
-    embeddings: str,
+    inputs: str,
     encoder_uri: str,
     out: str,
     config: WhitenConfig,
@@ -226,25 +237,31 @@ def run(
     images_uri: str | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Learn whitening on `embeddings` and write the encoder with it.
+    """Learn whitening on `inputs` and write the encoder with it.
 
     Args:
+        inputs: embeddings; with method regions, an images artifact.
         images_uri: with method lw, the images artifact that the embeddings were made of; it has the labels.
 
     Raises:
-        ConfigError: lw without images, or images without lw.
-        MismatchError: the vectors are not the encoder's, the images not theirs, or the set has queries.
+        ConfigError: lw without images, or images without lw; regions for an encoder without R-MAC.
+        MismatchError: the vectors are not the encoder's, the images not theirs, the set has queries, or the encoder is
+            whitened already.
         InputError: there are too few of them.
     """
+    if config.method == "regions":
+        if images_uri is not None:
+            raise ConfigError(f"--images {images_uri}: the regions' whitening uses no labels; give IMAGES alone")
+        return _of_regions(inputs, encoder_uri, out, config, force)
     import torch
 
     from iir_dist.models import encoder as models
 
-    source = open_embeddings(embeddings)
+    source = open_embeddings(inputs)
     folder, manifest = artifact.require(encoder_uri, *artifact.ENCODERS)
     if source.encoder != manifest.fingerprint or source.manifest is None:
         raise MismatchError(
-            f"{embeddings} was made by encoder {str(source.encoder)[:12]}, {encoder_uri} is {manifest.fingerprint[:12]}; "
+            f"{inputs} was made by encoder {str(source.encoder)[:12]}, {encoder_uri} is {manifest.fingerprint[:12]}; "
             "embed the training set with this encoder"
         )
     learnt_images = source.manifest.inputs.get("images")
@@ -280,6 +297,68 @@ def run(
         return work.publish(counts, models.save(whitened, work.folder), models.info_of(whitened))
 
 
+def _of_regions(images_uri: str, encoder_uri: str, out: str, config: WhitenConfig, force: bool) -> Manifest:
+    """The encoder with its R-MAC whitening each region, learnt on a sample of images."""
+    import torch
+
+    from iir_dist import whiten_regions
+    from iir_dist.models import encoder as models
+    from iir_dist.models.pooling import RMAC
+
+    try:
+        images, images_manifest = artifact.require(images_uri, "ingest")
+    except InputError as error:
+        raise InputError(f"{error}; whiten.method = 'regions' learns on images/, the others on embeddings/") from error
+    folder, manifest = artifact.require(encoder_uri, *artifact.ENCODERS)
+    _check_regions(encoder_uri, models.read_spec(folder), config)
+    drawn, splits, queries = whiten_regions.draw(images, images_manifest, config.sample, config.seed)
+    _refuse_benchmark(images.uri, queries, config)
+    refs = {"images": artifact.reference(images, images_manifest), "encoder": artifact.reference(folder, manifest)}
+    with artifact.begin(out, "whiten", config, refs, force=force) as work:
+        if work.finished:
+            return work.finished
+        base = models.load(folder, manifest)
+        found = whiten_regions.moments(base, images, images_manifest, drawn)
+        if config.dim >= found.count:
+            raise InputError(
+                f"whiten.dim = {config.dim} needs more than {config.dim} regions; {found.images} images of {images.uri} gave "
+                f"{found.count}: --force --set dim={max(1, found.count - 1)} or less, or more images"
+            )
+        learnt = pca(found.mean, found.covariance, config.dim, config.power)
+        whitening = models.WhiteningSpec(
+            method="regions", dim=config.dim, power=config.power, learnt_on=images_manifest.fingerprint,
+            images=images_manifest.fingerprint, splits=splits, base=manifest.fingerprint,
+        )  # fmt: skip
+        spec = base.spec.model_copy(update={"region_whitening": whitening, "dim": config.dim})
+        whitened = models.Encoder(spec, base.trunk)
+        pool = cast(RMAC, whitened.pool)
+        pool.region_mean.copy_(torch.from_numpy(learnt.mean))
+        pool.region_matrix.copy_(torch.from_numpy(learnt.matrix))
+        counts = {"images": found.images, "rejected": found.rejected, "regions": found.count}
+        return work.publish(counts, models.save(whitened, work.folder), models.info_of(whitened))
+
+
+def _check_regions(encoder_uri: str, spec: EncoderSpec, config: WhitenConfig) -> None:
+    """Raise unless the encoder's R-MAC can be whitened."""
+    if spec.pooling != "rmac":
+        raise ConfigError(
+            f"whiten.method = 'regions' whitens the regions of R-MAC, and {encoder_uri} pools by {spec.pooling!r}; expected an "
+            "encoder with pooling='rmac' (iir encoder --set pooling=rmac)"
+        )
+    for what, there in {
+        "whitened regions": spec.region_whitening, "a whitening": spec.whitening, "a projection": spec.projection
+    }.items():  # fmt: skip
+        if there is not None:
+            raise MismatchError(
+                f"{encoder_uri} has {what} already, learnt for the vectors that it gives now; whiten the regions of the encoder "
+                "that it was made from, then learn the rest again"
+            )
+    if config.dim > spec.dim:
+        raise InputError(
+            f"whiten.dim = {config.dim}: the regions of {encoder_uri} have {spec.dim} dimensions; --set dim={spec.dim} or less"
+        )
+
+
 def _images_of(
     source: Embeddings, made_of: InputRef | None, config: WhitenConfig, images_uri: str | None
 ) -> tuple[Folder, Manifest] | None:
@@ -311,12 +390,7 @@ def _splits(source: Embeddings, config: WhitenConfig) -> dict[str, int]:
     for block in source.blocks(vectors=False):
         assert block.splits is not None  # the columns of our own embeddings
         splits.update(map(str, block.splits.tolist()))
-    queries = splits.pop("query", 0)
-    if queries and not config.allow_benchmark:
-        raise MismatchError(
-            f"{source.folder.uri} has {queries} queries, so it is a set to evaluate on, and whitening learnt on it would "
-            "flatter the result; give a training set, or --set allow_benchmark=true"
-        )
+    _refuse_benchmark(source.folder.uri, splits.pop("query", 0), config)
     count = splits.total()
     if config.dim > min(source.dim, count - 1):
         raise InputError(
@@ -324,3 +398,12 @@ def _splits(source: Embeddings, config: WhitenConfig) -> dict[str, int]:
             f"{source.folder.uri} has {count} of dimension {source.dim}: --set dim={max(1, min(source.dim, count - 1))} or less"
         )
     return dict(sorted(splits.items()))
+
+
+def _refuse_benchmark(uri: str, queries: int, config: WhitenConfig) -> None:
+    """Raise where there are queries, unless that is allowed."""
+    if queries and not config.allow_benchmark:
+        raise MismatchError(
+            f"{uri} has {queries} queries, so it is a set to evaluate on, and whitening learnt on it would flatter the result; "
+            "give a training set, or --set allow_benchmark=true"
+        )

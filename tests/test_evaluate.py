@@ -18,6 +18,8 @@ from iir_dist.evaluate import EvaluateConfig
 from iir_dist.index import build, search
 from iir_dist.index.plan import IndexConfig
 from iir_dist.index.search import SearchConfig
+from iir_dist.models import encoder as models
+from iir_dist.models.encoder import EncoderConfig
 
 GND: dict[str, Any] = {
     "imlist": ["a", "b", "c", "d"],
@@ -247,6 +249,40 @@ def test_whitening_learnt_elsewhere_is_named(images: Path, encoder: Path, embedd
     (t / "e" / "benchmark" / "manifest.json").write_text(json.dumps(manifest))
     found = whitening_of(t / "alone", truth, t / "m3")
     assert f"not known whether these are evaluated, because {benchmark}" in found
+
+
+@pytest.mark.ray
+def test_whitening_of_regions_counts_as_well(images: Path, tmp_path: Path) -> None:
+    """Alone, and together with a whitening that was learnt elsewhere."""
+    t, benchmark = tmp_path, str(images / "benchmark")
+    settings = {"backbone": "resnet18", "weights": "random", "size": 64, "pooling": "rmac"}
+    models.run(str(t / "rmac"), EncoderConfig.model_validate(settings))
+    config = whiten.WhitenConfig(method="regions", dim=4, allow_benchmark=True)
+    whiten.run(benchmark, str(t / "rmac"), str(t / "white"), config)
+    embed.run(benchmark, str(t / "white"), str(t / "e"), embed.EmbedConfig(workers=1))
+    search.run([str(t / "e")], [str(t / "e")], str(t / "r"), SearchConfig())
+    with pytest.raises(MismatchError, match="learnt on the images that are evaluated"):
+        whitening_of(t / "r", benchmark, t / "m")
+    assert whitening_of(t / "r", benchmark, t / "m", allow=True) == "the evaluated set"
+
+    manifest = artifact.require(t / "r", "search")[1]
+    regions = manifest.info["encoder"]["region_whitening"]
+    elsewhere = {**regions, "learnt_on": "b" * 64, "images": "a" * 64, "splits": {"train": 30}}
+    whole = {**elsewhere, "method": "pca", "images": "c" * 64, "splits": {"train": 40}}
+
+    def seen(**changes: Any) -> str:
+        encoder = {**manifest.info["encoder"], **changes}
+        return evaluate.whitening_set(manifest.model_copy(update={"info": {"encoder": encoder}}), None)
+
+    assert seen(whitening=whole) == "the evaluated set"
+    assert seen(region_whitening=elsewhere, whitening={**whole, "images": regions["images"]}) == "the evaluated set"
+    distractors = {**regions, "splits": {"distractor": 16}}
+    assert seen(region_whitening=distractors, whitening=whole) == "distractors of the evaluated database"
+    assert seen(region_whitening=distractors, whitening={**regions, "splits": {"db": 1}}) == "the evaluated set"
+    both = "regions of 30 of split train, images aaaaaaaaaaaa and 40 of split train, images cccccccccccc"
+    assert seen(region_whitening=elsewhere, whitening=whole) == f"{both}; none of them is evaluated"
+    old = {k: v for k, v in manifest.info["encoder"].items() if k != "region_whitening"}
+    assert evaluate.whitening_set(manifest.model_copy(update={"info": {"encoder": old}}), None).startswith("none, ")
 
 
 @pytest.mark.ray

@@ -33,6 +33,40 @@ RESTARTS = 4
 """Deaths of workers without a batch done in between, after which the work is held to be the cause. Ray would go on."""
 
 
+class EmbedderActor:
+    """A worker: `forward.Embedder`, which is loaded once the start is counted, so that a death while loading counts too."""
+
+    def __init__(self, starts: Any, most_starts: int, encoder_uri: str, threads: int, config: EmbedConfig) -> None:
+        import ray
+
+        self.starts = starts
+        # Both are said at the first batch: an error of the constructor would be tried again, and come as one of Ray's.
+        self.failure: IirError | None = None
+        if ray.get(starts.add.remote()) > most_starts:
+            self.failure = IirError(
+                "worker processes died again and again before or at their first batch, probably for want of memory (dmesg "
+                "and Ray's logs tell); --set workers=1, a smaller batch_megapixels or size. What is done is kept: the same "
+                "command goes on"
+            )
+            return
+        try:
+            from iir_dist.embed.forward import Embedder
+
+            self.embedder = Embedder(encoder_uri, threads, config)
+        except IirError as error:
+            self.failure = error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One batch, as `forward.Embedder` does it."""
+        if self.failure:
+            raise self.failure
+        rows = self.embedder(table)
+        starts, self.starts = self.starts, None  # of two threads, the other may be here too
+        if starts is not None:
+            starts.reset.remote()
+        return rows
+
+
 class Starts:
     """An actor that counts the starts of workers since the last one that did a batch."""
 
@@ -68,8 +102,6 @@ def vectors(
     ray = session.connect()
     import ray.data as data
 
-    from iir_dist.embed.forward import Embedder
-
     names = manifest.shards()
     # Not the spec itself: unpickling it would load torch into every decoder.
     size, resize, pixels = spec.size, spec.resize, config.batch_megapixels * 1e6
@@ -79,20 +111,21 @@ def vectors(
         with artifact.verified(images, names[number], manifest.files[names[number]]) as path:
             yield from batches(path, number, size, resize, pixels)
 
-    starts = ray.remote(num_cpus=0)(Starts).remote()
+    starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     # One batch a block: with Ray's 128 MB a small set would be a single block, and all but one worker idle.
     context.target_max_block_size = int(3 * pixels)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True  # one of ours is to be known below
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions too
     rows = (
         data.from_items([{"shard": n} for n in pending], override_num_blocks=len(pending))
         .map_batches(
             decode_shard, batch_size=1, num_cpus=plan.decoder_cpus, compute=data.TaskPoolStrategy(plan.decoders)
         )
         .map_batches(
-            Embedder,
-            fn_constructor_args=(encoder_uri, plan.threads, config, starts, plan.workers + RESTARTS),
+            EmbedderActor,
+            fn_constructor_args=(starts, plan.workers + RESTARTS, encoder_uri, plan.threads, config),
             batch_size=1,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(
@@ -123,11 +156,17 @@ def vectors(
                     yield pa.concat_tables(waiting.pop(int(shard))).sort_by("row")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, IirError):
-            raise error.cause from None
+            raise _without_advice(error.cause) from None
         raise
     if waiting:
         raise CorruptError(f"{images.uri}: shards {sorted(waiting)} gave fewer rows than they hold")
     _warn_of_spilling(rows.stats(), plan)
+
+
+def _without_advice(error: IirError) -> IirError:
+    """Ray Data appends to the message how its own settings could be changed."""
+    error.args = (str(error).partition("\nFailed to apply UDF transform")[0], *error.args[1:])
+    return error
 
 
 def _warn_of_spilling(stats: str, plan: EmbedPlan) -> None:

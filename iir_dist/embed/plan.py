@@ -65,6 +65,11 @@ def _mb(size: int) -> str:
     return f"{size / MB:,.0f} MB"
 
 
+def _share(whole: float, parts: int) -> float:
+    """An equal part, rounded down: Ray counts in ten-thousandths, and of six sixths rounded up the last finds no place."""
+    return math.floor(1e4 * whole / parts) / 1e4
+
+
 def plan(
     *,
     rows: int,
@@ -77,6 +82,7 @@ def plan(
     shard_bytes: int,
     store_bytes: int,
     cpus: int,
+    node_cpus: int,
     gpus: int,
     workers: int | None = None,
 ) -> EmbedPlan:
@@ -91,10 +97,11 @@ def plan(
         shard_bytes: of the largest input shard; a decoder maps one.
         store_bytes: of Ray's object stores.
         cpus, gpus: of the cluster.
+        node_cpus: of its largest node; nothing that asks for more is ever started.
         workers: embedding actors, where not one a GPU, else one a CPU.
 
     >>> plan(rows=10**6, shards=400, size=224, dim=1280, batch_megapixels=0.41, network_bytes=14 * MB,
-    ...      forward_bytes=60 * MB, shard_bytes=256 * MB, store_bytes=2400 * MB, cpus=2, gpus=0).workers
+    ...      forward_bytes=60 * MB, shard_bytes=256 * MB, store_bytes=2400 * MB, cpus=2, node_cpus=2, gpus=0).workers
     2
     """
     batch_pixels = max(batch_megapixels * 1e6, size**2)
@@ -102,13 +109,15 @@ def plan(
     most = max(1, math.ceil(rows * size**2 / (batch_megapixels * 1e6)))
     chosen = min(workers or gpus or cpus, most)
     if gpus:
-        worker_cpus, worker_gpus, threads = 1.0, min(1.0, gpus / chosen), 1
-        decoder_cpus = 1.0
-        decoders = max(1, int(cpus - chosen * worker_cpus))
+        # A worker lies on one GPU. One more share of the CPUs than workers: at least one decoder must run beside them.
+        worker_gpus, worker_cpus, threads = _share(1, math.ceil(chosen / gpus)), min(1.0, _share(cpus, chosen + 1)), 1
+        decoder_cpus = worker_cpus
+        decoders = int(cpus / worker_cpus) - chosen
     else:
         # The forward passes take four fifths of each core; decoding, a tenth of the work, runs in what is left.
-        worker_cpus, worker_gpus, threads = 0.8 * cpus / chosen, 0.0, max(1, cpus // chosen)
-        decoder_cpus, decoders = 0.2 * cpus / chosen, chosen
+        share = min(cpus / chosen, node_cpus)
+        worker_cpus, worker_gpus, threads = _share(4 * share, 5), 0.0, max(1, int(share))
+        decoder_cpus, decoders = _share(share, 5), chosen
     decoders = min(decoders, shards)
     # A worker has one batch in hand and two that wait; a decoder makes one and has made one.
     in_flight = int((3 * chosen + 2 * decoders) * 3 * batch_pixels)

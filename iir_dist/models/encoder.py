@@ -6,6 +6,7 @@ resize rule, normalization, scales, pooling), so that a result can say what it w
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -32,18 +33,18 @@ class WhiteningSpec(BaseModel):
     """How the whitening was learnt, and on what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    method: Literal["pca", "lw"] = "pca"
+    method: Literal["pca", "lw", "regions"] = "pca"
     dim: int
     power: float | None
-    """Of pca."""
+    """Of pca and regions."""
     shrinkage: float | None = None
     """Of lw."""
     learnt_on: str
-    """Fingerprint of the embeddings."""
+    """Fingerprint of the embeddings; of regions, of the images."""
     images: str | None = None
     """Fingerprint of the images artifact that they were made of."""
     splits: dict[str, int] = {}
-    """Number of the vectors by split."""
+    """Number of the vectors by split; of regions, of the images that were drawn."""
     base: str
     """Fingerprint of the encoder before whitening."""
 
@@ -58,7 +59,7 @@ class EncoderConfig(StageConfig):
     seed: int = 0
     """Seed of random weights."""
     pooling: Pooling = "gem"
-    """"gem", "spoc", "mac", "rmac", or "cls" (a ViT's class token)."""
+    """"gem", "spoc", "mac", "rmac" (`iir whiten --set method=regions` whitens its regions), or "cls" (a ViT's class token)."""
     p: float = Field(3.0, gt=0)
     """GeM's exponent (its start, where it is trained)."""
     size: int = Field(224, ge=16, le=4096)
@@ -70,6 +71,8 @@ class EncoderConfig(StageConfig):
     """"mean" (generalized as GeM's, where that is the last layer) or "max" (Scale-GeM)."""
     regional_gem: bool = False
     """Regional GeM before the pooling."""
+    relu_plus: bool = False
+    """ResNets: ReLU+, max(x, 0.014), at the outputs of the blocks of the first three stages (`backbones.add_relu_plus`)."""
     flip: bool = False
     """Average with the mirrored image."""
     execution: ClassVar[frozenset[str]] = frozenset()
@@ -97,6 +100,8 @@ class EncoderSpec(BaseModel):
     weights: str
     pooling: Pooling
     p: float
+    region_whitening: WhiteningSpec | None = None
+    """Of each region of R-MAC."""
     projection: int | None = None
     whitening: WhiteningSpec | None = None
     size: int
@@ -105,6 +110,7 @@ class EncoderSpec(BaseModel):
     scales: tuple[float, ...]
     scale_rule: ScaleRule = "mean"
     regional_gem: bool = False
+    relu_plus: bool = False
     flip: bool = False
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -122,10 +128,11 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec, trunk: Trunk | None = None) -> None:
         super().__init__()
         self.spec = spec
-        width = backbone(spec.backbone).dim
-        self.trunk = trunk if trunk is not None else build_backbone(spec.backbone)
+        channels = backbone(spec.backbone).dim
+        width = spec.region_whitening.dim if spec.region_whitening else channels
+        self.trunk = trunk if trunk is not None else build_backbone(spec.backbone, relu_plus=spec.relu_plus)
         self.regional = RegionalGeM() if spec.regional_gem else nn.Identity()
-        self.pool = build_pooling(spec.pooling, spec.p)
+        self.pool = build_pooling(spec.pooling, spec.p, (width, channels) if spec.region_whitening else None)
         self.projection = nn.Linear(width, spec.projection) if spec.projection else None
         # Constants of the input and learnt whitening: not trained, but part of the network.
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
@@ -138,14 +145,17 @@ class Encoder(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """Trunk, pooling, L2."""
         token, feature_map = self.trunk.tokens((x - self.mean) / self.std)
-        v = token if self.spec.pooling == "cls" else self.pool(self.regional(feature_map))
-        return F.normalize(cast(Tensor, v), dim=-1)
+        by_token = self.spec.pooling == "cls"
+        v = cast(Tensor, token if by_token else feature_map).to(self.mean.dtype)
+        with _no_autocast(x):
+            return F.normalize(v if by_token else self.pool(self.regional(v)), dim=-1)
 
     def describe(self, x: Tensor) -> Tensor:
         """One scale, before whitening: trunk, pooling, L2, projection, L2."""
         v = self.pooled(x)
         if self.projection is not None:
-            v = F.normalize(self.projection(v), dim=-1)
+            with _no_autocast(x):
+                v = F.normalize(self.projection(v), dim=-1)
         return v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +186,17 @@ class Encoder(nn.Module):
         """Apply the whitening, if there is one, to unit vectors (B, D)."""
         if self.spec.whitening is None:
             return v
-        return F.normalize((v - self.whiten_mean) @ self.whiten_matrix.T, dim=-1)
+        with _no_autocast(v):
+            return F.normalize((v - self.whiten_mean) @ self.whiten_matrix.T, dim=-1)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Autocast is for the trunk: pooling and all behind it, a few thousandths of the work, compute in float32."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    off: contextlib.AbstractContextManager[None] = torch.autocast(device, enabled=False)
+    return off
 
 
 def _rescale(x: Tensor, scale: float) -> Tensor:
@@ -189,7 +209,7 @@ def create(config: EncoderConfig) -> Encoder:
     """A new encoder from a config.
 
     Raises:
-        ConfigError: the backbone has no class token to pool by, or takes one size of images only.
+        ConfigError: the backbone has no class token to pool by, is no ResNet for ReLU+, or takes one size of images only.
     """
     chosen = backbone(config.backbone)
     if config.pooling == "cls" and not chosen.tokens:
@@ -199,11 +219,11 @@ def create(config: EncoderConfig) -> Encoder:
             f"encoder.backbone = {config.backbone!r} takes images of {chosen.size[0]} px only: --set size={chosen.size[0]} "
             "--set resize=squash --set scales=[1.0]"
         )
-    trunk = build_backbone(config.backbone, config.weights, config.seed)
+    trunk = build_backbone(config.backbone, config.weights, config.seed, relu_plus=config.relu_plus)
     spec = EncoderSpec(
         backbone=config.backbone, weights=config.weights, pooling=config.pooling, p=config.p, size=config.size,
         resize=config.resize, scales=config.scales, scale_rule=config.scale_rule, regional_gem=config.regional_gem,
-        flip=config.flip, mean=chosen.mean, std=chosen.std, dim=chosen.dim,
+        relu_plus=config.relu_plus, flip=config.flip, mean=chosen.mean, std=chosen.std, dim=chosen.dim,
     )  # fmt: skip
     return Encoder(spec, trunk).eval()
 

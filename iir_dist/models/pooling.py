@@ -46,19 +46,35 @@ class RMAC(nn.Module):
     """Sum of the L2-normalized maxima of square regions at three levels, and of the whole map.
 
     Tolias et al., arXiv:1511.05879, section 3.2, with the region rule of their code; the whole map takes part, as in
-    Radenovic et al.'s. Without the whitening of each region.
+    Radenovic et al.'s. With whitening each maximum v becomes normalize(region_matrix (v - region_mean)) before the sum.
+
+    Args:
+        levels: of regions.
+        whitening: (dim, C), the shape of region_matrix, which is still to be set; None sums the maxima as they are.
     """
 
-    def __init__(self, levels: int = 3) -> None:
+    region_mean: Tensor
+    region_matrix: Tensor
+
+    def __init__(self, levels: int = 3, whitening: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels, self.whitening = levels, whitening
+        if whitening:
+            self.register_buffer("region_mean", torch.zeros(whitening[1]))
+            self.register_buffer("region_matrix", torch.zeros(whitening))
 
     def forward(self, x: Tensor) -> Tensor:
-        v = F.normalize(x.amax(dim=(-2, -1)), dim=-1)
+        v = self.maxima(x)
+        if self.whitening:
+            v = F.normalize((v - self.region_mean) @ self.region_matrix.T, dim=-1)
+        return v.sum(dim=1)
+
+    def maxima(self, x: Tensor) -> Tensor:
+        """(B, R, C), unit norm: of the whole map, then of each region."""
+        found = [x.amax(dim=(-2, -1))]
         for top, left, side in regions(x.shape[-2], x.shape[-1], self.levels):
-            region = x[..., top : top + side, left : left + side]
-            v = v + F.normalize(region.amax(dim=(-2, -1)), dim=-1)
-        return v
+            found.append(x[..., top : top + side, left : left + side].amax(dim=(-2, -1)))
+        return F.normalize(torch.stack(found, dim=1), dim=-1)
 
 
 def regions(height: int, width: int, levels: int = 3, overlap: float = 0.4) -> list[tuple[int, int, int]]:
@@ -113,9 +129,11 @@ class RegionalGeM(nn.Module):
         return 0.5 * F.avg_pool2d(padded, self.size, stride=1).pow(1.0 / self.p) + 0.5 * x
 
 
-def build_pooling(kind: Pooling, p: float = 3.0) -> nn.Module:
-    """The pooling layer of that name; `p` is GeM's. The class token ("cls") is the trunk's to give."""
+def build_pooling(kind: Pooling, p: float = 3.0, whitening: tuple[int, int] | None = None) -> nn.Module:
+    """The pooling layer of that name; `p` is GeM's, `whitening` R-MAC's. The class token ("cls") is the trunk's to give."""
     if kind == "gem":
         return GeM(p)
-    layers: dict[Pooling, type[nn.Module]] = {"spoc": SPoC, "mac": MAC, "rmac": RMAC, "cls": nn.Identity}
+    if kind == "rmac":
+        return RMAC(whitening=whitening)
+    layers: dict[Pooling, type[nn.Module]] = {"spoc": SPoC, "mac": MAC, "cls": nn.Identity}
     return layers[kind]()

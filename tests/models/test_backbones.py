@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iir_dist.errors import ConfigError
@@ -220,3 +223,91 @@ def test_imagenet_weights_come_from_packages_or_not_at_all(tmp_path: Path, monke
     loaded = build_backbone("efficientnet_lite1", "imagenet").state_dict()
     assert loaded.keys() == published.state_dict().keys()
     assert all(torch.equal(v, loaded[k]) for k, v in published.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ ReLU+
+
+
+def slow_resnet(state: dict[str, Tensor], x: Tensor, blocks: tuple[int, ...], floor: float) -> Tensor:
+    """The published network, block by block from its weights; `floor` where SuperGlobal's code has its clamp."""
+
+    def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        mean, var, gamma, beta = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, gamma, beta, eps=1e-5)
+
+    x = F.max_pool2d(norm("bn1", conv("conv1", x, 2)).clamp(min=0), 3, 2, 1)
+    for stage, depth in enumerate(blocks, 1):
+        for number in range(depth):
+            name, stride = f"layer{stage}.{number}", 2 if stage > 1 and number == 0 else 1
+            y, convs = x, 3 if f"{name}.conv3.weight" in state else 2
+            for i in range(1, convs + 1):
+                y = norm(f"{name}.bn{i}", conv(f"{name}.conv{i}", y, stride if i == convs - 1 else 1))
+                if i < convs:
+                    y = y.clamp(min=floor if convs == 3 and stage == 1 else 0)
+            if f"{name}.downsample.0.weight" in state:
+                x = norm(f"{name}.downsample.1", conv(f"{name}.downsample.0", x, stride))
+            x = (x + y).clamp(min=floor if stage < 4 else 0)
+    return x
+
+
+def uneven(trunk: Trunk) -> Trunk:
+    """In float64, its batch norms not at their start, where many values would be far from 0."""
+    generator = torch.Generator().manual_seed(9)
+    for name, value in trunk.state_dict().items():
+        if name.endswith(("bias", "running_mean")):
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return trunk.double().eval()
+
+
+RESNETS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet50": (3, 4, 6, 3),
+    "timm:resnet18": (2, 2, 2, 2),
+    "timm:resnet26": (2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@torch.no_grad()
+def test_relu_plus_is_where_the_published_code_has_it(name: str) -> None:
+    trunk, plain = (uneven(build_backbone(name, seed=1, relu_plus=on)) for on in (True, False))
+    state = plain.net.state_dict()
+    assert list(trunk.net.state_dict()) == list(state)
+    x = photos(64, 40).double()
+    out = trunk(x)
+    assert torch.allclose(out, slow_resnet(state, x, RESNETS[name], 0.014), atol=1e-10)
+    assert torch.allclose(plain(x), slow_resnet(state, x, RESNETS[name], 0.0), atol=1e-10)
+    assert (out - plain(x)).abs().max() > 1e-3
+    assert out.min() == 0  # the last stage has its own ReLU
+
+
+@torch.no_grad()
+def test_relu_plus_is_copied_pickled_and_compiled() -> None:
+    x = photos()
+    for name in ("resnet50", "resnet18"):
+        trunk = build_backbone(name, relu_plus=True).eval()
+        out = trunk(x)
+        assert torch.equal(copy.deepcopy(trunk)(x), out)
+        again = Trunk(pickle.loads(pickle.dumps(trunk.net)), trunk._features)  # noqa: S301
+        assert torch.equal(again(x), out)
+    compiled: Any = torch.compile(trunk, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), out)
+
+
+def test_relu_plus_trains() -> None:
+    """Its ReLUs are in place, so a floor in place would destroy what their gradients need."""
+    trunk = build_backbone("resnet18", relu_plus=True)
+    trunk(photos()).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_lite0", "convnext_tiny", "timm:test_vit", "timm:res2net50_14w_8s", "timm:resnetv2_50"]
+)
+def test_relu_plus_has_no_place_elsewhere(name: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=rf"{name} is no ResNet with ReLUs; expected resnet18"):
+        build_backbone(name, relu_plus=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from iir_dist import artifact
 from iir_dist.errors import ConfigError, CorruptError, InputError
 from iir_dist.models import backbones, encoder
-from iir_dist.models.encoder import Encoder, EncoderConfig
+from iir_dist.models.encoder import Encoder, EncoderConfig, WhiteningSpec
 from iir_dist.models.pooling import GeM, RegionalGeM
 
 
@@ -84,6 +84,45 @@ def test_saved_and_loaded_is_the_same_network_bit_for_bit(tmp_path: Path) -> Non
         assert torch.equal(again(photos()), encoder.create(config)(photos()))
     assert again.spec.p == 2.5
     assert encoder.run(str(tmp_path / "f"), config).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm:test_resnet"])
+def test_relu_plus_is_rebuilt(backbone: str, tmp_path: Path) -> None:
+    config = small(backbone=backbone, relu_plus=True)
+    manifest = encoder.run(str(tmp_path / "e"), config)
+    again = encoder.load(artifact.require(tmp_path / "e", "encoder")[0], manifest)
+    with torch.no_grad():
+        assert torch.equal(again(photos()), encoder.create(config)(photos()))
+        assert not torch.allclose(again(photos()), encoder.create(small(backbone=backbone))(photos()), atol=1e-4)
+    assert manifest.info["encoder"]["relu_plus"] is True
+    with pytest.raises(ConfigError, match=r"encoder\.relu_plus = true: efficientnet_lite0 is no ResNet"):
+        encoder.create(EncoderConfig(relu_plus=True))
+
+
+@pytest.mark.parametrize("pooling", ["spoc", "rmac", "cls"])
+def test_behind_the_trunk_autocast_is_off(pooling: str) -> None:
+    """Pooling, projection and whitening compute in float32, whatever the trunk does."""
+    base = encoder.create(small(backbone="timm:test_vit" if pooling == "cls" else "resnet18", pooling=pooling))
+    learnt = {"dim": 20, "power": 0.5, "learnt_on": "", "base": ""}
+    changes: dict[str, object] = {"projection": 9, "whitening": WhiteningSpec.model_validate({**learnt, "dim": 5})}
+    if pooling == "rmac":
+        changes["region_whitening"] = WhiteningSpec.model_validate({**learnt, "method": "regions"})
+    network = Encoder(base.spec.model_copy(update=changes), base.trunk)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in network.state_dict().items():
+        if not name.startswith("trunk."):
+            value.copy_(torch.randn(value.shape, generator=generator))
+    x = photos()
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            v = network(x)
+            token, feature_map = network.trunk.tokens((x - network.mean) / network.std)
+        assert not torch.equal(feature_map.float(), network.trunk((x - network.mean) / network.std))
+        pooled = F.normalize(network.pool(feature_map.float()) if token is None else token, dim=1)
+        assert network.projection is not None
+        expected = network.whiten(F.normalize(network.projection(pooled), dim=1))
+    assert v.dtype == torch.float32
+    assert torch.equal(v, expected)
 
 
 def test_a_damaged_encoder_is_refused(tmp_path: Path) -> None:

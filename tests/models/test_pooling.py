@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,23 @@ def test_rmac_is_the_sum_of_normalized_maxima() -> None:
         parts += [image[:, t : t + s, le : le + s].flatten(1).amax(dim=1) for t, le, s in published_regions(6, 9, 3)]
         slow.append(sum(part / part.norm() for part in parts))
     assert torch.allclose(RMAC()(x), torch.stack(slow), atol=1e-12)  # type: ignore[arg-type]
+
+
+def test_rmac_whitens_each_region() -> None:
+    """Maximum, L2, whitening, L2, sum; each region by itself."""
+    x = maps(2, 7, 6, 9)
+    generator = torch.Generator().manual_seed(1)
+    mean, matrix = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((7,), (3, 7)))
+    layer = build_pooling("rmac", whitening=(3, 7)).double()
+    layer.load_state_dict({"region_mean": mean, "region_matrix": matrix})
+    for image, got in zip(x, layer(x), strict=True):
+        slow = np.zeros(3)
+        for top, left, height, width in [(0, 0, 6, 9), *((t, le, s, s) for t, le, s in published_regions(6, 9, 3))]:
+            v = np.array([channel[top : top + height, left : left + width].max() for channel in image.numpy()])
+            w = matrix.numpy() @ (v / np.linalg.norm(v) - mean.numpy())
+            slow += w / np.linalg.norm(w)
+        assert np.abs(got.numpy() - slow).max() < 1e-12
+    assert not RMAC().state_dict()
 
 
 def test_regional_gem_is_half_of_each_neighbourhood() -> None:
