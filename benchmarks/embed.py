@@ -34,7 +34,7 @@ from ingest import MB, write_tar
 from PIL import Image
 
 CONFIGS = {
-    "EfficientNet-Lite0, 224 px": ({"backbone": "efficientnet_lite0"}, ("wonders11", "train19", "distractors2k")),
+    "EfficientNet-Lite0, 224 px": ({"backbone": "efficientnet_lite0"}, ("wonders11", "train19")),
     "ResNet-18, 480 px long side": (
         {"backbone": "resnet18", "weights": "random", "size": 480, "resize": "long"},
         ("wonders11",),
@@ -91,7 +91,7 @@ def speed(data: str, repeat: int, scratch: Path) -> None:
     from iir_dist.models import encoder
 
     session.connect()
-    for name in ("wonders11", "train19", "distractors2k"):
+    for name in ("wonders11", "train19"):
         ingest.run([f"{data}/{name}.tar"], str(scratch / name), ingest.IngestConfig(shard_mb=16))
     print("\n| network | images | run | images/s | ratio |\n|---|---:|---|---:|---:|")
     for title, (settings, sets) in CONFIGS.items():
@@ -235,7 +235,7 @@ def main() -> None:
         bare(*(Path(argument) for argument in sys.argv[2:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with wonders11.tar, train19.tar and distractors2k.tar")
+    parser.add_argument("--data", help="folder with wonders11.tar and train19.tar")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="speed and memory where none is named")
     arguments = parser.parse_args()
