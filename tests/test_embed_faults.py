@@ -37,9 +37,9 @@ from iir_dist.models.encoder import run as make_encoder
 from iir_dist.storage import Folder, open_folder
 
 pytestmark = pytest.mark.ray
-CONFIG = EmbedConfig(batch_megapixels=0.2, workers=2)
+CONFIG = EmbedConfig(batch_megapixels=0.08, workers=2)
 """Three images of the network below in a batch, so that every shard is several batches."""
-SETTINGS = ("--set", "batch_megapixels=0.2", "--set", "workers=2")
+SETTINGS = ("--set", "batch_megapixels=0.08", "--set", "workers=2")
 PATIENCE_SEC = 300
 TWENTY = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
 
@@ -57,7 +57,7 @@ def photos(world: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: N
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random encoder of a size at which the photos take seconds."""
     out = tmp_path_factory.mktemp("network") / "resnet18"
-    make_encoder(str(out), EncoderConfig(backbone="resnet18", weights="random", size=256))
+    make_encoder(str(out), EncoderConfig(backbone="resnet18", weights="random", size=160))
     return out
 
 

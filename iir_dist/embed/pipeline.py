@@ -114,8 +114,11 @@ def vectors(
     starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
-    # One batch a block: with Ray's 128 MB a small set would be a single block, and all but one worker idle.
-    context.target_max_block_size = int(3 * pixels)
+    # One batch a block: with Ray's 128 MB a small set would be a single block, and all but one worker idle. A block is
+    # closed once it is larger than this; a full batch has more than half of the pixels, three bytes each.
+    context.target_max_block_size = int(1.5 * pixels)
+    # Without the one, what is spilled is not counted; without the other, not told.
+    context.enable_get_object_locations_for_metrics = context.verbose_stats_logs = True
     context.raise_original_map_exception = True  # one of ours is to be known below
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions too
     rows = (
@@ -170,10 +173,10 @@ def _without_advice(error: IirError) -> IirError:
 
 
 def _warn_of_spilling(stats: str, plan: EmbedPlan) -> None:
-    """Ray Data's own figure of what it wrote to disk because its object store was full."""
-    found = re.search(r"Dataset memory:\s*\* Spilled to disk: (\d+)MB", stats)
-    if found:
+    """Ray Data's own figures of what it wrote to disk because its object store was full."""
+    spilled = sum(int(size) for size in re.findall(r"'obj_store_mem_spilled': (\d+)", stats))
+    if spilled:
         log.warning(
             "embed: Ray spilled %s MB of decoded batches to disk, its object store has %d MB: start Ray with a larger "
-            "--object-store-memory, or --set batch_megapixels to less", found[1], plan.store_bytes >> 20,
+            "--object-store-memory, or --set batch_megapixels to less", spilled >> 20, plan.store_bytes >> 20,
         )  # fmt: skip

@@ -15,6 +15,8 @@ LARGE_PHOTO = 24e6
 """Pixels; decoders are planned for one of them each, in RGB, and its resized copies."""
 ROW_BYTES = 200
 """Of one row beside its vector: id, name, split, place."""
+LEAST_IN_FLIGHT = 96 * MB
+"""Batches of a tenth of a second need many in flight: with 12 MB of them Ray Data left half of each core idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def plan(
         decoder_cpus, decoders = _share(share, 5), chosen
     decoders = min(decoders, shards)
     # A worker has one batch in hand and two that wait; a decoder makes one and has made one.
-    in_flight = int((3 * chosen + 2 * decoders) * 3 * batch_pixels)
+    in_flight = max(LEAST_IN_FLIGHT, int((3 * chosen + 2 * decoders) * 3 * batch_pixels))
     waiting = (decoders + chosen) * math.ceil(rows / shards) * (4 * dim + ROW_BYTES)
     return EmbedPlan(
         workers=chosen, threads=threads, worker_cpus=worker_cpus, worker_gpus=worker_gpus, decoders=decoders,
