@@ -114,8 +114,9 @@ class Embedder:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """CUDA has a class for it; the CPU's allocator and oneDNN, which says only that it failed, raise a plain RuntimeError."""
+    said = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
 def activation_bytes(spec: EncoderSpec, n: int, height: int, width: int) -> int:
