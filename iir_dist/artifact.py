@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -34,10 +35,15 @@ from iir_dist.storage import Folder, Publication, open_folder, sha256_of
 SCHEMA_VERSION = 1
 ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
 """Stages that write an encoder."""
+EMBEDDINGS = ("embed", "distractors")
+"""Stages that write vectors."""
 MANIFEST = "manifest.json"
 WORK = "_work/"
-LOGS = (".jsonl", ".pt", "rejected.parquet")
-"""Files that tell how a run went (logs, optimizer state, what was refused); they do not count towards the fingerprint."""
+_SHARD = re.compile(r"[a-z]+-\d{5,}\.[a-z0-9]+")
+"""Names that `shard_name` gives."""
+LOGS = (".jsonl", ".pt", "rejected.parquet", "operating_points.json")
+"""Files that tell how a run went (logs, optimizer state, what was refused, what was measured); they do not count towards
+the fingerprint."""
 
 
 class FileEntry(BaseModel):
@@ -248,7 +254,24 @@ class Work:
         info: Mapping[str, Any] | None = None,
         shards: int | None = None,
     ) -> Manifest:
-        """Write the manifest: the artifact is complete from here on.
+        """Write the manifest, `draft` of the same arguments: the artifact is complete from here on."""
+        manifest = self.draft(counts, files, info, shards)
+        _sweep(self.folder)  # of a worker that was killed and replaced
+        if not self.folder.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
+            raise BusyError(
+                f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
+            )
+        self.folder.delete_all(WORK)
+        return manifest
+
+    def draft(
+        self,
+        counts: Mapping[str, int],
+        files: Mapping[str, FileEntry] | None = None,
+        info: Mapping[str, Any] | None = None,
+        shards: int | None = None,
+    ) -> Manifest:
+        """The manifest that `publish` would write now.
 
         Args:
             counts: rows in, out and rejected by reason.
@@ -261,7 +284,7 @@ class Work:
             raise ArtifactError(f"{self.folder.uri}: {len(missing)} of {shards} shards are missing, first {missing[0]}")
         entries = {name: entry for marker in self._markers() for name, entry in marker.files.items()}
         entries.update(files or {})
-        manifest = Manifest(
+        return Manifest(
             stage=self.stage,
             fingerprint=content_fingerprint(self.stage, entries),
             config=self.config.model_dump(mode="json"),
@@ -273,12 +296,6 @@ class Work:
             git_commit=git_commit(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        if not self.folder.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
-            raise BusyError(
-                f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
-            )
-        self.folder.delete_all(WORK)
-        return manifest
 
     def amend(
         self,
@@ -287,14 +304,22 @@ class Work:
         files: Mapping[str, FileEntry],
         info: Mapping[str, Any],
         inputs: Mapping[str, InputRef] | None = None,
+        removed: Iterable[str] = (),
     ) -> Manifest:
         """Replace the manifest of a finished artifact by one with the shards of this run added, and other counts.
 
         Args:
             inputs: what all of it is made from now, where that is not what it was.
+            removed: files that are no part of it any more. They stay where they are, for those who read by the old
+                manifest; `info["superseded"]` has to name them, so that they go with the artifact.
+
+        Raises:
+            BusyError: the manifest is not `old` any more.
         """
         added = {name: entry for marker in self._markers() for name, entry in marker.files.items()}
         entries = {**old.files, **added, **files}
+        for name in removed:
+            del entries[name]
         changes: dict[str, Any] = {
             "fingerprint": content_fingerprint(self.stage, entries),
             "inputs": dict(inputs or old.inputs),
@@ -305,6 +330,9 @@ class Work:
             "git_commit": git_commit(),
         }
         manifest = old.model_copy(update=changes)
+        there = read_manifest(self.folder)
+        if there is None or there.fingerprint != old.fingerprint:  # we lost the lease of an object store
+            raise BusyError(f"{self.folder.uri} was changed by another process meanwhile; run the same command again")
         self.folder.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
         self.folder.delete_all(WORK)
         return manifest
@@ -366,9 +394,14 @@ def _resume_or_start(work: Work) -> None:
         work.folder.write(f"{WORK}plan.json", json.dumps(work.plan).encode())
         return
     _refuse_other_plan(work, plan, "holds unfinished work")
-    for entry in list(work.folder.list()):
+    _sweep(work.folder)
+
+
+def _sweep(folder: Folder) -> None:
+    """Delete what processes that were killed while writing have left."""
+    for entry in list(folder.list()):
         if entry.name.rpartition("/")[2].startswith(".") and entry.name.endswith(".tmp"):
-            work.folder.delete(entry.name)  # left by a process that was killed while writing
+            folder.delete(entry.name)
 
 
 def _refuse_other_plan(work: Work, plan: Mapping[str, Any], what: str) -> None:
@@ -397,7 +430,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 def _discard(folder: Folder) -> None:
     """Remove an artifact: manifest first, so that it never looks complete, then only the files that are ours."""
     manifest = read_manifest(folder)
-    names: set[str] = set(manifest.files) if manifest else set()
+    names = {*manifest.files, *manifest.info.get("superseded", ())} if manifest else set()
+    if manifest or folder.exists(f"{WORK}plan.json"):
+        # A process that was killed may have left a shard without a marker.
+        names |= {entry.name for entry in folder.list() if _SHARD.fullmatch(entry.name)}
     for entry in list(folder.list(f"{WORK}done/")):
         names |= set(Marker.model_validate_json(folder.read(entry.name)).files)
     folder.delete(MANIFEST)

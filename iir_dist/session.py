@@ -92,6 +92,17 @@ def cluster_cpus() -> int:
     return int(connect().cluster_resources().get("CPU", 1))
 
 
+def num_nodes() -> int:
+    """Nodes of the cluster that `connect` connects to; 1 where it starts one here."""
+    return sum(node["Alive"] for node in connect().nodes()) if os.environ.get("RAY_ADDRESS") else 1
+
+
+def largest_node_cpus() -> int:
+    """CPUs of the node of the connected cluster that has most; nothing that asks for more is ever started."""
+    nodes = [node["Resources"] for node in connect().nodes() if node["Alive"]]
+    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
+
+
 def cluster_gpus() -> int:
     """GPUs of the connected cluster."""
     return int(connect().cluster_resources().get("GPU", 0))

@@ -8,7 +8,7 @@ ingest gave, and with several they stay distinct.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,7 @@ class Collection:
     @property
     def num_rows(self) -> int:
         """Number of database rows."""
-        last = self.segments[-1]
-        return last.start + last.count
+        return sum(segment.count for segment in self.segments)
 
     @property
     def dim(self) -> int:
@@ -63,14 +62,17 @@ class Collection:
         """Fingerprint of the encoder, None where not known."""
         return next((s.encoder for s in self.sources if s.encoder), None)
 
+    def shifted(self, first: int) -> Collection:
+        """The same rows, numbered from `first`: what is appended to that many."""
+        return replace(self, segments=tuple(replace(s, start=s.start + first) for s in self.segments))
+
     def vectors(self, start: int, stop: int) -> Iterator[tuple[int, F32]]:
         """(first row, vectors) block by block for rows [start, stop)."""
         for segment in self.segments:
             low, high = max(start, segment.start), min(stop, segment.start + segment.count)
             if low < high:
-                block = database_rows(self.sources[segment.source].read(segment.shard))
-                assert block.vectors is not None
-                yield low, block.vectors[low - segment.start : high - segment.start]
+                x = self.sources[segment.source].database_vectors(segment.shard)
+                yield low, x[low - segment.start : high - segment.start]
 
 
 def database_rows(block: Block) -> Block:

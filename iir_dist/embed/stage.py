@@ -95,14 +95,9 @@ def _plan(
         dim=spec.dim, batch_megapixels=config.batch_megapixels, network_bytes=encoder.files[WEIGHTS].size,
         forward_bytes=activation_bytes(spec, n, spec.size, spec.size),
         shard_bytes=max(manifest.files[names[number]].size for number in pending),
-        store_bytes=session.object_stores_bytes(), cpus=session.cluster_cpus(), node_cpus=_largest_node_cpus(),
+        store_bytes=session.object_stores_bytes(), cpus=session.cluster_cpus(), node_cpus=session.largest_node_cpus(),
         gpus=session.cluster_gpus(), workers=config.workers,
     )  # fmt: skip
-
-
-def _largest_node_cpus() -> int:
-    nodes = [node["Resources"] for node in session.connect().nodes() if node["Alive"]]
-    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
 
 
 def _input_shards(images: Manifest) -> dict[str, str]:

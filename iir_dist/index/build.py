@@ -1,4 +1,4 @@
-"""Build a sharded index: train one template on a sample, then fill each shard in a task of its own.
+"""Build a sharded index: train one template on a sample, fill each shard in a task of its own, measure what came out.
 
 Every shard starts from the same trained template (rotation, coarse centroids, codebooks), and says by which SHA-256.
 That is what makes the merge of their answers exact: a score means the same in all of them.
@@ -7,6 +7,10 @@ That is what makes the merge of their answers exact: a score means the same in a
 from __future__ import annotations
 
 import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,129 +18,140 @@ import pyarrow.parquet as pq
 
 from iir_dist import artifact, session
 from iir_dist.artifact import FileEntry, Manifest, shard_name
-from iir_dist.data.collection import Collection, open_collection
-from iir_dist.errors import ConfigError, IirError
-from iir_dist.index.plan import IndexConfig, IndexPlan, plan
+from iir_dist.data.collection import Collection, check_same_space, open_collection
+from iir_dist.data.embeddings import open_embeddings
+from iir_dist.errors import IirError
+from iir_dist.index import points
+from iir_dist.index.engine import Index, opened
+from iir_dist.index.fanout import Actors
+from iir_dist.index.plan import ADD_ROWS, MB, IndexConfig, IndexPlan, plan
+from iir_dist.index.shard import NAMES_FILE, TEMPLATE, VECTORS, VECTORS_SUFFIX, write_faiss
+from iir_dist.index.train import assigning_on_gpus, train
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder
+from iir_dist.vectors import F32
 
 log = logging.getLogger(__name__)
 
-OPQ_ITERATIONS = 10
-"""faiss's 50 cost five times as long for nothing: squared error 0.05578 after 10 and 0.05588 after 50 iterations
-(3,104 real descriptors of 256 dimensions, OPQ64_256,IVF64,PQ64)."""
-TEMPLATE, NAMES_FILE = "trained.faiss", "names.parquet"
-VECTORS, VECTORS_SUFFIX = "vectors", ".f16"
 
-
-def sample_rows(num_rows: int, size: int, seed: int) -> np.ndarray[Any, Any]:
-    """`size` distinct rows spread over all, ascending; the same for the same seed."""
-    if size >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
-
-
-def train(collection: Collection, todo: IndexPlan, seed: int, threads: int) -> Any:
-    """The trained, empty faiss index.
-
-    Raises:
-        ConfigError: faiss refuses the factory string.
-    """
-    import faiss
-
-    faiss.omp_set_num_threads(threads)
-    rows = sample_rows(collection.num_rows, todo.train_size, seed)
-    parts = [
-        x[rows[(rows >= first) & (rows < first + len(x))] - first]
-        for first, x in collection.vectors(0, collection.num_rows)
-    ]
-    xt = np.unique(np.concatenate(parts), axis=0)  # exact duplicates would draw centroids to themselves
-    try:
-        index = faiss.index_factory(collection.dim, todo.factory, faiss.METRIC_INNER_PRODUCT)
-        ivf = faiss.extract_index_ivf(index)
-        ivf.cp.spherical = True  # centroids of unit vectors under inner product
-        ivf.cp.seed = seed + 1234
-        ivf.cp.min_points_per_centroid = 1  # the plan decides; faiss would only print
-        ivf.cp.max_points_per_centroid = max(256, len(xt) // max(ivf.nlist, 1) + 1)
-        for transform in transforms(index):
-            if isinstance(transform, faiss.OPQMatrix):
-                transform.niter = OPQ_ITERATIONS
-        index.train(np.ascontiguousarray(xt))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1] if str(error) else "unknown"
-        raise ConfigError(f"faiss cannot build {todo.factory!r} for dimension {collection.dim}: {reason}") from error
-    return index
-
-
-def transforms(index: Any) -> list[Any]:
-    """The vector transforms in front of an index (OPQ, PCA), in order."""
-    import faiss
-
-    if not isinstance(index, faiss.IndexPreTransform):
-        return []
-    chain: Any = index.chain
-    return [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
-
-
-def fill(folder: Folder, template_sha256: str, number: int, rows: tuple[int, int], collection: Collection) -> None:
+def fill(
+    folder: Folder, template_sha256: str, number: int, rows: tuple[int, int], collection: Collection, threads: int = 1
+) -> None:
     """Write one shard: its faiss file, ids being database rows, and its float16 vectors; then commit it."""
     import faiss
 
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(threads)
     with folder.local(TEMPLATE) as path:
         index = faiss.read_index(str(path))
     start, stop = rows
     vectors_name = shard_name(number, VECTORS_SUFFIX, VECTORS)
-    with folder.publish(vectors_name) as vectors, open(vectors.path, "wb") as out:
+    with (
+        folder.publish(vectors_name) as vectors,
+        open(vectors.path, "wb") as out,
+        assigning_on_gpus(index),
+    ):
         for first, x in collection.vectors(start, stop):
-            index.add_with_ids(x, np.arange(first, first + len(x)))
-            out.write(x.astype(np.float16).tobytes())
+            for part in range(0, len(x), ADD_ROWS):
+                xb = x[part : part + ADD_ROWS]
+                index.add_with_ids(xb, np.arange(first + part, first + part + len(xb)))
+                out.write(xb.astype(np.float16).data)
     if index.ntotal != stop - start:
         raise IirError(f"index shard {number} holds {index.ntotal} vectors, expected {stop - start}")
     name = shard_name(number, ".faiss")
     with folder.publish(name) as file:
-        faiss.write_index(index, str(file.path))
+        write_faiss(index, file.path)
     files = {name: artifact.entry_of(file), vectors_name: artifact.entry_of(vectors)}
-    info = {"template": template_sha256, "rows": [start, stop]}
+    info = {"template": template_sha256, "rows": [start, stop], "peak_bytes": peak_bytes()}
     artifact.commit(folder, number, files, {"rows": stop - start}, info)
 
 
-def run(embeddings: list[str], out: str, config: IndexConfig, *, force: bool = False) -> Manifest:
-    """Build an index over one or more embeddings folders."""
+def peak_bytes() -> int:
+    """Memory that this process has held at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run(
+    embeddings: list[str], out: str, config: IndexConfig, *, queries: Sequence[str] = (), force: bool = False
+) -> Manifest:
+    """Build an index over one or more embeddings folders.
+
+    Args:
+        queries: embeddings folders with queries to measure recall with; rows of split `query` in `embeddings` are
+            used besides.
+    """
     collection, names = open_collection(embeddings)
-    with artifact.begin(out, "index", config, {"embeddings": collection.ref}, force=force) as work:
+    refs, others = {"embeddings": collection.ref}, tuple(open_embeddings(uri) for uri in queries)
+    if others:
+        check_same_space((collection.sources[0], *others))
+        refs["queries"] = artifact.combine(source.ref for source in others)
+    with artifact.begin(out, "index", config, refs, force=force) as work:
         if work.finished:
             return work.finished
-        todo = plan(collection.num_rows, collection.dim, config)
+        block_rows = max(segment.count for segment in collection.segments)
+        todo = plan(collection.num_rows, collection.dim, config, block_rows)
         log.info("index: %s", todo.summary(collection.num_rows, collection.dim))
-        ray = session.connect()
-        done = work.done()
-        finished = sum(done[n].counts["rows"] for n in range(len(todo.ranges)) if n in done)
-        with Progress("index", collection.num_rows, "vectors", done=finished) as progress:
-            template = _template(work, ray, collection, todo, config.seed)
-            task = ray.remote(fill)
-            tasks = {
-                task.remote(work.folder, template.sha256, n, rows, collection): rows
-                for n, rows in enumerate(todo.ranges)
-                if n not in done
-            }
+        start = time.monotonic()
+        template = _fill(work, collection, todo, config.seed)
+        filled = time.monotonic()
+        with work.folder.publish(NAMES_FILE) as file:
+            pq.write_table(names, file.path, compression="zstd")
+        markers = work.done()
+        peaks = [m.info["peak_bytes"] for m in (*markers.values(), work.step("template")) if m is not None]
+        info = {
+            "factory": todo.factory, "nlist": todo.nlist, "nprobe": todo.nprobe, "refine": todo.refine,
+            "dim": collection.dim, "code_bytes": todo.code_bytes, "template": template.sha256,
+            "encoder_fingerprint": collection.encoder,
+            "shards": [{"template": markers[n].info["template"], "rows": list(r)} for n, r in enumerate(todo.ranges)],
+            "sources": [s.ref.model_dump() for s in collection.sources],
+        }  # fmt: skip
+        draft: dict[str, Any] = {
+            "counts": {"rows": collection.num_rows}, "files": {NAMES_FILE: artifact.entry_of(file)}, "info": info,
+            "shards": len(todo.ranges),
+        }  # fmt: skip
+        found = _points(work, draft, (*collection.sources, *others), config)
+        info.update(points.choose(found, config))
+        memory = {
+            "search": found.memory_bytes["index"], "search_planned": todo.search_bytes,
+            "build": max(peaks), "build_planned": todo.build_bytes,
+        }  # fmt: skip
+        info["memory_bytes"] = memory
+        info["seconds_of"] = {"build": round(filled - start, 2), "measure": round(time.monotonic() - filled, 2)}
+        log.info(
+            "index: search holds %.0f MB (planned %.0f), a worker of the build held %.0f MB (planned %.0f)",
+            *(size / MB for size in memory.values()),
+        )
+        return work.publish(**draft)
+
+
+def _fill(work: artifact.Work, collection: Collection, todo: IndexPlan, seed: int) -> FileEntry:
+    """Train the template and fill the shards that are not done."""
+    ray = session.connect()
+    done = work.done()
+    finished = sum(done[n].counts["rows"] for n in range(len(todo.ranges)) if n in done)
+    with Progress("index", collection.num_rows, "vectors", done=finished) as progress:
+        template = _template(work, ray, collection, todo, seed)
+        # Of all shards and not of those that are left: a shard has the same bits when it is made again.
+        threads = max(1, min(session.cluster_cpus() // len(todo.ranges), session.largest_node_cpus()))
+        gpus = min(1, session.cluster_gpus() / len(todo.ranges))
+        task = ray.remote(num_cpus=threads, num_gpus=gpus)(fill)
+        tasks = {
+            task.remote(work.folder, template.sha256, n, rows, collection, threads): rows
+            for n, rows in enumerate(todo.ranges)
+            if n not in done
+        }
+        try:
             while tasks:
                 for ref in ray.wait(list(tasks), num_returns=1)[0]:
                     session.result_of(ref)
                     start, stop = tasks.pop(ref)
                     progress.advance(stop - start)
-        with work.folder.publish(NAMES_FILE) as file:
-            pq.write_table(names, file.path, compression="zstd")
-        markers = work.done()
-        info = {
-            "factory": todo.factory, "nlist": todo.nlist, "nprobe": todo.nprobe, "refine": config.refine,
-            "dim": collection.dim, "code_bytes": todo.code_bytes, "template": template.sha256,
-            "encoder_fingerprint": collection.encoder,
-            "shards": [{"template": markers[n].info["template"], "rows": list(r)} for n, r in enumerate(todo.ranges)],
-        }  # fmt: skip
-        return work.publish(
-            {"rows": collection.num_rows}, {NAMES_FILE: artifact.entry_of(file)}, info, shards=len(todo.ranges)
-        )
+        finally:  # without the lock they would write into the next run
+            for ref in tasks:
+                ray.cancel(ref, force=True)
+            if tasks:
+                ray.wait(list(tasks), num_returns=len(tasks))
+    return template
 
 
 def _template(work: artifact.Work, ray: Any, collection: Collection, todo: IndexPlan, seed: int) -> FileEntry:
@@ -144,16 +159,34 @@ def _template(work: artifact.Work, ray: Any, collection: Collection, todo: Index
     marker = work.step("template")
     if marker is not None:
         return marker.files[TEMPLATE]
-    threads = session.cpu_count()
-    task = ray.remote(num_cpus=min(threads, session.cluster_cpus()))(_train_bytes)
-    with work.folder.publish(TEMPLATE) as file:
-        file.path.write_bytes(session.result_of(task.remote(collection, todo, seed, threads)))
-    entry = artifact.entry_of(file)
-    artifact.commit(work.folder, "template", {TEMPLATE: entry})
-    return entry
+    threads = session.largest_node_cpus()
+    task = ray.remote(num_cpus=threads, num_gpus=min(1, session.cluster_gpus()))(_train)
+    session.result_of(task.remote(work.folder, collection, todo, seed, threads))
+    marker = work.step("template")
+    assert marker is not None
+    return marker.files[TEMPLATE]
 
 
-def _train_bytes(collection: Collection, todo: IndexPlan, seed: int, threads: int) -> bytes:
-    import faiss
+def _train(folder: Folder, collection: Collection, todo: IndexPlan, seed: int, threads: int) -> None:
+    index = train(collection, todo, seed, threads)
+    with folder.publish(TEMPLATE) as file:
+        write_faiss(index, file.path)
+    artifact.commit(folder, "template", {TEMPLATE: artifact.entry_of(file)}, info={"peak_bytes": peak_bytes()})
 
-    return bytes(faiss.serialize_index(train(collection, todo, seed, threads)).tobytes())
+
+def open_here(folder: Folder, manifest: Manifest) -> Index:
+    """Open an index as search would: by an actor a node where there are several."""
+    nodes = session.num_nodes()
+    return Index(folder, manifest, Actors(folder, manifest, nodes)) if nodes > 1 else opened(folder, manifest)
+
+
+def _points(
+    work: artifact.Work, draft: dict[str, Any], sources: Sequence[Any], config: IndexConfig
+) -> points.OperatingPoints:
+    """Measure once, or take what the run that is being continued has measured."""
+    if work.step("points") is None:
+        others: F32 = points.other_queries(sources, sources[0].dim, config.seed)
+        with open_here(work.folder, work.draft(**draft)) as index:
+            found = points.measure(index, others, config.seed)
+        artifact.commit(work.folder, "points", points.write_points(work.folder, found))
+    return points.read_points(work.folder, work.draft(**draft))

@@ -1,32 +1,37 @@
-"""Search: fan out over Ray, merge with larger-is-better.
+"""Search as a stage: rank an index, or embeddings exactly, for every query.
 
-Index: the coarse assignment is made once for each query; shards scan their codes; the best refine * k of all shards
-together are rescored by the shards that own them. Candidates are cut after the merge and not in each shard, so N
-shards give what one would. Exact: inner products with every database vector, block by block.
+Both run in this process on all its cores; on a cluster of several nodes an index is searched by an actor a node, and
+exact search is a task for each shard of embeddings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from iir_dist import artifact, session
-from iir_dist.artifact import Manifest, read_manifest, shard_name
-from iir_dist.config import StageConfig
-from iir_dist.data.collection import Collection, check_same_space, open_collection, query_rows
+from iir_dist.artifact import InputRef, Manifest, read_manifest, shard_name
+from iir_dist.config import StageConfig, fingerprint
+from iir_dist.data.collection import check_same_space, open_collection, query_rows
 from iir_dist.data.embeddings import Embeddings, open_embeddings
 from iir_dist.errors import ConfigError, InputError, MismatchError
-from iir_dist.index.build import NAMES_FILE, TEMPLATE
-from iir_dist.index.shard import Coarse, Shard
+from iir_dist.index.engine import Index, opened
+from iir_dist.index.exact import Exact
+from iir_dist.index.fanout import opened_on_actors
+from iir_dist.index.points import read_points, report
+from iir_dist.index.rows import read_list, rows_of
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder, open_folder
-from iir_dist.vectors import F32, I64, merge_top_k, top_k
+from iir_dist.vectors import F32, I64
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +39,10 @@ RANKINGS = pa.schema(
     [("query", pa.string()), ("rank", pa.int32()), ("id", pa.int64()), ("name", pa.string()), ("score", pa.float32())]
 )
 ROWS_PER_SHARD = 4_000_000
+ROWS_PER_GROUP = 2**20
+"""Rows that are made into a table at a time."""
 INDEX_DEPTH = 1000
 """List depth of an index search where no k is given; exact search ranks everything."""
-
-Search = Callable[[F32, int], tuple[F32, I64]]
-"""(xq, k) -> scores and database rows, best first; row -1 where there are fewer than k."""
 
 
 class SearchConfig(StageConfig):
@@ -46,11 +50,21 @@ class SearchConfig(StageConfig):
 
     k: int | None = Field(None, ge=1)
     """List depth; where not set, exact search ranks the whole database and an index gives 1,000."""
+    recall: float | None = Field(None, gt=0, le=1)
+    """Take the cheapest operating point of the index that reaches this recall@10, in place of `nprobe` and `refine`."""
     nprobe: int | None = Field(None, ge=1)
     """Lists visited for a query; the index's own where not set."""
     refine: int | None = Field(None, ge=0)
     """Candidates rescored, as a multiple of k; the index's own where not set."""
-    execution: ClassVar[frozenset[str]] = frozenset()
+    splits: tuple[str, ...] = ()
+    """Search only rows of these splits; all where empty."""
+    allow_partial: bool = False
+    """Answer also without shards that are lost, and record which rows are missing."""
+    verify: bool = False
+    """Check every file of an index before the search, and not each shard before its first use."""
+    workers: int | None = Field(None, ge=0)
+    """Searching actors, 0 for this process; where not set, one a node of a cluster of several, else this process."""
+    execution: ClassVar[frozenset[str]] = frozenset({"verify", "workers"})
 
 
 def open_queries(uris: Sequence[str]) -> tuple[tuple[Embeddings, ...], list[str], F32]:
@@ -75,104 +89,30 @@ def open_queries(uris: Sequence[str]) -> tuple[tuple[Embeddings, ...], list[str]
     return sources, [str(n) for n in names[order]], np.ascontiguousarray(xq[order])
 
 
-# ------------------------------------------------------------------------------------------------ exact
-
-
-def exact_part(collection: Collection, start: int, stop: int, xq: F32, k: int) -> tuple[F32, I64]:
-    """Top k of database rows [start, stop)."""
-    best: tuple[F32, I64] | None = None
-    for first, xb in collection.vectors(start, stop):
-        scores = np.asarray(xq @ xb.T, np.float32)
-        found = top_k(scores, np.arange(first, first + len(xb)), k, larger_is_better=True)
-        best = found if best is None else merge_top_k([best, found], k, larger_is_better=True)
-    assert best is not None
-    return best
-
-
-def exact_search(collection: Collection) -> Search:
-    """Search every vector, a task for each group of shards."""
-    ray = session.connect()
-    task = ray.remote(exact_part)
-    bounds = [(s.start, s.start + s.count) for s in collection.segments]
-
-    def search(xq: F32, k: int) -> tuple[F32, I64]:
-        queries = ray.put(xq)
-        refs = [task.remote(collection, start, stop, queries, k) for start, stop in bounds]
-        return merge_top_k([session.result_of(ref) for ref in refs], k, larger_is_better=True)
-
-    return search
-
-
-# ------------------------------------------------------------------------------------------------ index
-
-
-def ivf_search(coarse: Coarse, scan: Any, rescore: Any, nprobe: int, refine: int) -> Search:
-    """Search over shards given as two functions; pure but for them.
-
-    Args:
-        scan: (xt, lists, coarse scores, k) -> a list of (scores, rows), one a shard.
-        rescore: (xq, rows) -> a list of scores, one a shard, -inf where the row is another shard's.
-    """
-
-    def search(xq: F32, k: int) -> tuple[F32, I64]:
-        xt, lists, centroid_scores = coarse.assign(xq, nprobe)
-        depth = k * max(1, refine)
-        scores, rows = merge_top_k(scan(xt, lists, centroid_scores, depth), depth, larger_is_better=True)
-        if refine:
-            exact = np.max(np.stack(rescore(xq, rows)), axis=0)
-            scores, rows = top_k(exact, rows, k, larger_is_better=True)
-        return scores[:, :k], rows[:, :k]
-
-    return search
-
-
-def index_search(folder: Folder, manifest: Manifest, nprobe: int | None, refine: int | None) -> Search:
-    """Search an index with an actor for each shard.
-
-    Raises:
-        CorruptError: a file is not the one that was written.
-        MismatchError: a shard comes from another template.
-    """
-    ray = session.connect()
-    info = manifest.info
-    for number, shard in enumerate(info["shards"]):
-        if shard["template"] != info["template"]:
-            raise MismatchError(
-                f"{folder.address(shard_name(number, '.faiss'))} was filled from template {shard['template'][:12]}, the "
-                f"index's is {info['template'][:12]}; scores of the two cannot be compared: build the index again"
-            )
-    nprobe = nprobe or int(info["nprobe"])
-    if nprobe > info["nlist"]:
-        raise ConfigError(f"search.nprobe = {nprobe}: the index has {info['nlist']} lists; expected at most that")
-    actor = ray.remote(num_cpus=0)(Shard)
-    shards = [
-        actor.remote(folder, number, tuple(shard["rows"]), info["dim"], manifest.files)
-        for number, shard in enumerate(info["shards"])
-    ]
-    for ref in [shard.open.remote() for shard in shards]:
-        session.result_of(ref)
-
-    def scan(xt: F32, lists: I64, scores: F32, k: int) -> list[Any]:
-        arguments = [ray.put(a) for a in (xt, lists, scores)]
-        return [session.result_of(ref) for ref in [s.scan.remote(*arguments, k) for s in shards]]
-
-    def rescore(xq: F32, rows: I64) -> list[Any]:
-        arguments = [ray.put(a) for a in (xq, rows)]
-        return [session.result_of(ref) for ref in [s.rescore.remote(*arguments) for s in shards]]
-
-    coarse = Coarse(folder, manifest.files[TEMPLATE])
-    return ivf_search(coarse, scan, rescore, nprobe, int(info["refine"]) if refine is None else refine)
-
-
 # ------------------------------------------------------------------------------------------------ the stage
 
 
-def run(database: list[str], queries: list[str], out: str, config: SearchConfig, *, force: bool = False) -> Manifest:
+def run(
+    database: list[str],
+    queries: list[str],
+    out: str,
+    config: SearchConfig,
+    *,
+    only: str | None = None,
+    force: bool = False,
+) -> Manifest:
     """Rank the database for every query.
 
     Args:
         database: one index, or one or more embeddings folders, which means exact search.
         queries: embeddings folders; their rows of split `query`, or all where there is no such column.
+        only: a list file (`rows.read_list`) of the names or ids to search in.
+
+    Raises:
+        InputError: the two are of different dimensions, there is no query, or no row to search in.
+        MismatchError: they were made by different encoders.
+        CorruptError: a file is not the one that was written.
+        IirError: a shard is lost, and not `config.allow_partial`.
     """
     sources, query_names, xq = open_queries(queries)
     index_manifest = read_manifest(open_folder(database[0]))
@@ -180,48 +120,122 @@ def run(database: list[str], queries: list[str], out: str, config: SearchConfig,
         if len(database) > 1:
             raise InputError(f"{len(database)} databases given; expected one index, or embeddings folders")
         folder, index_manifest = artifact.require(database[0], "index")
-        artifact.check_file(folder, NAMES_FILE, index_manifest.files[NAMES_FILE])
-        with folder.local(NAMES_FILE) as path:
-            names = pq.read_table(path)
-        database_ref = artifact.reference(folder, index_manifest)
-        encoder, dim, num_rows = index_manifest.info["encoder_fingerprint"], index_manifest.info["dim"], len(names)
-        depth = min(config.k or INDEX_DEPTH, num_rows)
+        ref, info = artifact.reference(folder, index_manifest), index_manifest.info
+        encoder, dim = info["encoder_fingerprint"], int(info["dim"])
     else:
+        index_manifest = None
         collection, names = open_collection(database)
-        database_ref, encoder, dim, num_rows = collection.ref, collection.encoder, collection.dim, len(names)
-        depth = min(config.k or num_rows, num_rows)
+        ref, encoder, dim = collection.ref, collection.encoder, collection.dim
     _check_space(sources[0], encoder, dim, " ".join(database))
-    refs = {"database": database_ref, "queries": artifact.combine(s.ref for s in sources)}
-    with artifact.begin(out, "search", config, refs, force=force) as work:
+    refs = {"database": ref, "queries": artifact.combine(s.ref for s in sources)}
+    chosen = read_list(only) if only else None
+    if only:
+        refs["only"] = InputRef(uri=only, fingerprint=fingerprint(chosen))
+    with artifact.begin(out, "search", config, refs, force=force) as work, contextlib.ExitStack() as stack:
         if work.finished:
             return work.finished
-        if index_manifest is not None and index_manifest.stage == "index":
-            search = index_search(folder, index_manifest, config.nprobe, config.refine)
-        else:
-            search = exact_search(collection)
+        workers = _workers(config.workers)
+        # By the manifest that the rankings refer to; another would be that of an index that was changed meanwhile.
+        index = None if index_manifest is None else stack.enter_context(_open(folder, index_manifest, config, workers))
+        if index is not None:
+            names = index.names
+        allowed = _allowed(names, config.splits, chosen, " ".join(database))
+        counted = allowed if index is None else index.alive if allowed is None else allowed & index.alive
+        num_rows = len(names) if counted is None else int(counted.sum())
+        if num_rows == 0:
+            raise InputError(f"{' '.join(database)} has no row left to search in; see --set splits= and --only")
+        depth = min(config.k or (num_rows if index is None else INDEX_DEPTH), num_rows)
         step = max(1, min(1024, ROWS_PER_SHARD // depth))
-        starts = range(0, len(xq), step)
+        groups = {n: slice(start, min(start + step, len(xq))) for n, start in enumerate(range(0, len(xq), step))}
         done = work.done()
+        pending = {n: group for n, group in groups.items() if n not in done}
+        point = _operating_point(index, config)
+        if index is not None:
+            ranked = _ranked(index, xq, pending, depth, (point["nprobe"], point["refine"]), allowed)
+        else:
+            ranked = Exact(collection, on_ray=workers > 0).rank(xq, pending, depth, allowed)
+        writer = _Writer(work.folder, query_names, names)
         with Progress("search", len(xq), "queries", done=sum(m.counts["queries"] for m in done.values())) as progress:
-            for number, start in enumerate(starts):
-                if number in done:
-                    continue
-                batch = slice(start, start + step)
-                scores, rows = search(xq[batch], depth)
-                table = pa.concat_tables(_tables(query_names[batch], scores, rows, names))
-                with work.folder.publish(shard_name(number)) as file:
-                    pq.write_table(table, file.path, compression="zstd")
-                counts = {"queries": len(scores), "rows": len(table)}
-                artifact.commit(work.folder, number, {shard_name(number): artifact.entry_of(file)}, counts)
+            for number, scores, rows in ranked:
+                writer.write(number, groups[number], scores, rows, index.missing if index is not None else [])
                 progress.advance(len(scores))
         markers = work.done()
-        info = {
-            "exact": index_manifest is None or index_manifest.stage != "index", "depth": depth, "database_rows": num_rows,
+        missing = [list(r) for r in sorted({tuple(r) for m in markers.values() for r in m.info["missing"]})]
+        result = {
+            "exact": index is None, **point, "depth": depth, "database_rows": num_rows, "missing": missing,
             "encoder_fingerprint": encoder, "dim": dim,
             "encoder": sources[0].manifest.info["encoder"] if sources[0].manifest else None,
         }  # fmt: skip
         counts = {key: sum(m.counts[key] for m in markers.values()) for key in ("queries", "rows")}
-        return work.publish(counts, info=info, shards=len(starts))
+        return work.publish(counts, info=result, shards=len(groups))
+
+
+def _workers(configured: int | None) -> int:
+    """Searching actors; 0 where this process searches."""
+    if configured is not None:
+        return configured
+    nodes = session.num_nodes()
+    return nodes if nodes > 1 else 0
+
+
+def _open(folder: Folder, manifest: Manifest, config: SearchConfig, workers: int) -> Index:
+    if workers:
+        return opened_on_actors(folder, manifest, workers, verify=config.verify, allow_partial=config.allow_partial)
+    return opened(folder, manifest, verify=config.verify, allow_partial=config.allow_partial)
+
+
+def _operating_point(index: Index | None, config: SearchConfig) -> dict[str, Any]:
+    """nprobe, refine and, where it is known, the recall@10 that was measured with them; nothing for exact search."""
+    if index is None:
+        return {}
+    info = index.manifest.info
+    if config.recall is None:
+        nprobe = info["nprobe"] if config.nprobe is None else config.nprobe
+        return {"nprobe": nprobe, "refine": info["refine"] if config.refine is None else config.refine}
+    if config.nprobe is not None or config.refine is not None:
+        raise ConfigError(
+            f"search.recall = {config.recall:g} chooses nprobe and refine; expected either it, or search.nprobe and "
+            "search.refine"
+        )
+    points = read_points(index.folder, index.manifest)
+    point = points.reaching(config.recall)
+    log.info("search: %s", report(points, point))
+    if point.worst < config.recall:
+        log.warning(
+            "search: recall@10 %g was not reached by any operating point, the best has %.3f; build with a higher "
+            "index.recall, or search exactly", config.recall, point.worst,
+        )  # fmt: skip
+    return {"nprobe": point.nprobe, "refine": point.refine, "recall": {kind: r[10] for kind, r in point.recall.items()}}
+
+
+def _allowed(
+    names: pa.Table, splits: Sequence[str], chosen: tuple[list[str], list[int]] | None, where: str
+) -> npt.NDArray[np.bool_] | None:
+    """The rows to search in, as a mask; None for all."""
+    mask = None
+    if splits:
+        known = pc.unique(names["split"]).to_pylist()
+        unknown = sorted(set(splits) - set(known))
+        if unknown:
+            raise InputError(f"{where} has no row of split {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        mask = pc.is_in(names["split"], value_set=pa.array(splits, pa.string())).to_numpy(zero_copy_only=False)
+    if chosen is not None:
+        only = np.zeros(len(names), bool)
+        only[rows_of(names, *chosen, where)] = True
+        mask = only if mask is None else mask & only
+    return mask
+
+
+def _ranked(
+    index: Index,
+    xq: F32,
+    groups: Mapping[int, slice],
+    depth: int,
+    point: tuple[int, int],
+    allowed: npt.NDArray[np.bool_] | None,
+) -> Iterator[tuple[int, F32, I64]]:
+    for number, group in groups.items():
+        yield number, *index.search(xq[group], depth, *point, allowed)
 
 
 def _check_space(queries: Embeddings, encoder: str | None, dim: int, where: str) -> None:
@@ -233,13 +247,33 @@ def _check_space(queries: Embeddings, encoder: str | None, dim: int, where: str)
         raise InputError(f"the queries have dimension {queries.dim}, {where} has {dim}; embed both with one encoder")
 
 
-def _tables(queries: list[str], scores: F32, rows: I64, names: pa.Table) -> Iterator[pa.Table]:
-    ids, labels = names.column("id").to_numpy(), names.column("name")
-    for query, s, r in zip(queries, scores, rows, strict=True):
-        r, s = r[r >= 0], s[r >= 0]
-        n = len(r)
-        columns = {
-            "query": pa.array([query] * n, pa.string()), "rank": np.arange(n, dtype=np.int32), "id": ids[r],
-            "name": labels.take(pa.array(r)), "score": s,
+class _Writer:
+    """Writes rankings shards; holds the names of the database once."""
+
+    def __init__(self, folder: Folder, queries: list[str], names: pa.Table) -> None:
+        self.folder = folder
+        self.queries = pa.array(queries, pa.string())
+        self.ids = names["id"].to_numpy()
+        # In one piece, because Arrow takes rows of one piece faster; large, because that may exceed 2 GB.
+        self.names = pa.concat_arrays(names["name"].cast(pa.large_string()).chunks)
+
+    def write(self, number: int, group: slice, scores: F32, rows: I64, missing: list[list[int]]) -> None:
+        """Write and commit the lists of a group of queries."""
+        step = max(1, ROWS_PER_GROUP // rows.shape[1])
+        with self.folder.publish(shard_name(number)) as file:
+            with pq.ParquetWriter(file.path, RANKINGS, compression="zstd", use_dictionary=["query"]) as writer:
+                for start in range(0, len(rows), step):
+                    part = slice(start, start + step)
+                    writer.write_table(self._table(group.start + start, scores[part], rows[part]))
+        counts = {"queries": len(rows), "rows": int((rows >= 0).sum())}
+        files = {shard_name(number): artifact.entry_of(file)}
+        artifact.commit(self.folder, number, files, counts, {"missing": missing})
+
+    def _table(self, first: int, scores: F32, rows: I64) -> pa.Table:
+        query, rank = np.nonzero(rows >= 0)
+        found = rows[query, rank]
+        columns: dict[str, Any] = {
+            "query": self.queries.take(pa.array(first + query)), "rank": rank.astype(np.int32), "id": self.ids[found],
+            "name": self.names.take(pa.array(found)).cast(pa.string()), "score": scores[query, rank],
         }  # fmt: skip
-        yield pa.table(columns, schema=RANKINGS)
+        return pa.table(columns, schema=RANKINGS)
