@@ -149,14 +149,16 @@ def table_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "label": evaluation.label, "level": level, "interval": m["map_interval"],
-                        "scores": {name: m[key] for key, name in COLUMNS.items()}, "num_queries": m["num_queries"],
+                        "scores": {name: m.get(key) for key, name in COLUMNS.items()}, "figure": protocol["figure"],
+                        "differs_in": m["differs_in"], "num_queries": m["num_queries"],
                         "database": protocol["database_rows"] or "unknown", "search": search,
                     }
                 )  # fmt: skip
     for row in rows:
         rivals = [r for r in rows if (r["level"], r["database"]) == (row["level"], row["database"])]
         row["best"] = {
-            c: len(rivals) > 1 and row["scores"][c] == max(r["scores"][c] for r in rivals) for c in COLUMNS.values()
+            c: len(rivals) > 1 and row["scores"][c] == max((r["scores"][c] or 0 for r in rivals), default=0)
+            for c in COLUMNS.values()
         }
     return rows
 

@@ -1,8 +1,9 @@
 """Ground truth of retrieval benchmarks: who asks, what is right, what is ignored.
 
 Read as published: the revisited pickles (`imlist`, `qimlist`, `gnd` with `bbx`, `easy`, `hard`, `junk`), the same
-structure as JSON, the original Oxford/Paris text files (`*_query.txt`, `*_good.txt`, `*_ok.txt`, `*_junk.txt`), and
-the `groundtruth.json` that ingest writes. A pickle is code, so it is read by `pickles`.
+structure as JSON, the original Oxford/Paris text files (`*_query.txt`, `*_good.txt`, `*_ok.txt`, `*_junk.txt`), tables
+of a set of one's own (`groundtruth_tables`), and the `groundtruth.json` that ingest writes. A pickle is code, so it is
+read by `pickles`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iir_dist.data import pickles
+from iir_dist.data import groundtruth_tables, pickles
 from iir_dist.errors import GroundTruthError, InputError, NotFoundError
 from iir_dist.storage import Folder, open_folder, split_uri
 
-Protocol = Literal["revisited", "original"]
+Protocol = Literal["revisited", "original", "custom"]
 FILE = "groundtruth.json"
 
 LEVELS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -29,6 +30,7 @@ LEVELS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "hard": (("hard",), ("junk", "easy")),
     },
     "original": {"original": (("good", "ok"), ("junk",))},
+    "custom": {"custom": (("positive",), ("ignored",))},
 }
 """protocol -> level -> (labels that are positive, labels that are ignored)."""
 
@@ -47,7 +49,7 @@ class Query:
 class GroundTruth:
     """All queries of one benchmark.
 
-    `database` names the images to search where the ground truth lists them (revisited), else None (original).
+    `database` names the images to search where the ground truth lists them (revisited), else None.
     """
 
     protocol: Protocol
@@ -80,7 +82,8 @@ class GroundTruth:
 
 
 def read(uri: str | Path) -> GroundTruth:
-    """The ground truth at a `.pkl` or `.json` file, in a folder of original text files, or in an images artifact.
+    """The ground truth at a `.pkl`, `.json`, `.jsonl` or `.csv` file, in a folder of original text files, or in an
+    images artifact.
 
     Raises:
         GroundTruthError: there is none, or it is not one of these.
@@ -97,6 +100,9 @@ def read(uri: str | Path) -> GroundTruth:
         if text.endswith(".json"):
             folder, name = split_uri(text)
             return _from_json(folder.read(name), text)
+        if text.endswith(groundtruth_tables.ENDINGS):
+            folder, name = split_uri(text)
+            return _from_table(folder.read(name), text)
         folder = open_folder(text)
         if folder.exists(FILE):
             return _from_json(folder.read(FILE), folder.address(FILE))
@@ -178,6 +184,17 @@ def _from_json(data: bytes, where: str) -> GroundTruth:
     return GroundTruth(protocol, queries, database)
 
 
+def _from_table(data: bytes, where: str) -> GroundTruth:
+    queries = tuple(
+        Query(
+            line.query, line.image, _box(line.box, f"{where}: query {line.query}"),
+            {"ignored": line.ignored, "positive": line.positive},
+        )
+        for line in groundtruth_tables.parse(data, where)
+    )  # fmt: skip
+    return GroundTruth("custom", queries, None)
+
+
 def _from_text_files(folder: Folder) -> GroundTruth:
     """The original annotation: `<query>_query.txt` holds an image (Oxford's prefixed with `oxc1_`) and a box."""
     queries = []
@@ -198,7 +215,8 @@ def _from_text_files(folder: Folder) -> GroundTruth:
         queries.append(Query(name, words[0].removeprefix("oxc1_"), box, labels))
     if not queries:
         raise GroundTruthError(
-            f"no ground truth at {folder.uri}: expected gnd_*.pkl, {FILE}, or a folder of *_query.txt files"
+            f"no ground truth at {folder.uri}: expected gnd_*.pkl, {FILE}, a .csv or .jsonl table, or a folder of "
+            "*_query.txt files"
         )
     return GroundTruth("original", tuple(queries), None)
 
