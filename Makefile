@@ -4,7 +4,7 @@ DATA ?=
 OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format bench bench-distractors clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,9 @@ format: .venv/.stamp ## let ruff format and fix
 bench: .venv/.stamp ## seconds and peak memory of each stage; DATA=DIR for real photos
 	$(BIN)/python benchmarks/chain.py $(if $(DATA),--data $(DATA))
 
+bench-distractors: .venv/.stamp ## mAP and cost of search among up to a million distractors; DATA=DIR with the real photos
+	$(BIN)/python benchmarks/distractors.py $(if $(DATA),--data $(DATA)) --out bench-distractors
+
 clean: ## remove the environment, the demo's output and all caches
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv demo bench-distractors .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

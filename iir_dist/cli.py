@@ -66,7 +66,7 @@ def _model(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def stage(name: str, config: str) -> Callable[[F], click.Command]:
+def stage(name: str, config: str, group: click.Group | None = None) -> Callable[[F], click.Command]:
     """A stage's command: --config, --set, --force, and the checked config as first argument."""
 
     def decorate(function: F) -> click.Command:
@@ -87,7 +87,7 @@ def stage(name: str, config: str) -> Callable[[F], click.Command]:
             click.option("--config", "config_file", metavar="FILE.toml", help=f"Read the table [{name}] of a file."),
         ):
             call = option(call)
-        command: Stage = main.command(name, cls=Stage)(call)  # type: ignore[assignment]
+        command: Stage = (group or main).command(name, cls=Stage)(call)  # type: ignore[assignment]
         command.config = config
         return command
 
@@ -226,37 +226,107 @@ def whiten(config: Any, inputs: str, encoder: str, images: str | None, out: str,
 
 
 @stage("index", "iir_dist.index.plan:IndexConfig")
-@click.argument("embeddings", nargs=-1, required=True, metavar="EMBEDDINGS...")
+@click.argument("embeddings", nargs=-1, metavar="[EMBEDDINGS...]")
 @out
-def index(config: Any, embeddings: tuple[str, ...], out: str, force: bool) -> None:
-    """Build a sharded IVF-PQ index over one or more embeddings/."""
-    from iir_dist.index.build import run
+@click.option("--add", is_flag=True, help="Append the embeddings to a finished index.")
+@click.option(
+    "--delete", multiple=True, metavar="NAME|FILE",
+    help="Never return these rows again: a name, or a .txt, .csv or .parquet list of name or id; repeatable.",
+)  # fmt: skip
+@click.option("--delete-id", multiple=True, type=int, metavar="ID", help="The same by id; repeatable.")
+@click.option(
+    "--compact", is_flag=False, flag_value="0.2", type=click.FloatRange(0, 1), metavar="[FRACTION]",
+    help="Rewrite the shards with more than this fraction of deleted rows; 0.2 where none is given.",
+)  # fmt: skip
+@click.option("--info", is_flag=True, help="Show what an index is.")
+@click.option("--export", metavar="FILE", help="Write all shards as one plain faiss file.")
+@click.option("--measure", is_flag=True, help="Measure the operating points of an index that has changed.")
+@click.option("--queries", multiple=True, metavar="EMBEDDINGS", help="Queries to measure recall with; repeatable.")
+def index(
+    config: Any, embeddings: tuple[str, ...], out: str, queries: tuple[str, ...], force: bool, **change: Any
+) -> None:
+    """Build a sharded IVF-PQ index over one or more embeddings/; or change or show a finished one.
 
-    _done(out, run(list(embeddings), out, config, force=force), "rows")
+    EMBEDDINGS may be any folder of Parquet files with the columns name and embedding (and id and split, if there).
+    """
+    wanted = [name for name, value in change.items() if not (value is None or value is False or value == ())]
+    if {*wanted} == {"delete", "delete_id"}:
+        wanted = ["delete"]
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in wanted)
+    if len(wanted) > 1:
+        raise click.UsageError(f"{flags} exclude each other")
+    if wanted and force:
+        raise click.UsageError(f"--force builds an index from nothing; it does not go with {flags}")
+    if queries and wanted not in ([], ["measure"]):
+        raise click.UsageError(f"--queries does not go with {flags}")
+    if bool(embeddings) == bool(wanted and wanted != ["add"]):
+        raise click.UsageError(f"{flags} takes no EMBEDDINGS" if embeddings else "Missing argument 'EMBEDDINGS...'.")
+    if not wanted:
+        from iir_dist.index.build import run
+
+        _done(out, run(list(embeddings), out, config, queries=queries, force=force), "rows")
+        return
+    from iir_dist.index import living
+    from iir_dist.index.export import export
+    from iir_dist.index.rows import named
+
+    if wanted == ["info"]:
+        click.echo(living.describe(out))
+    elif wanted == ["export"]:
+        click.echo(f"{change['export']}: {export(out, change['export'])} vectors, a plain faiss file")
+    else:
+        if wanted == ["add"]:
+            manifest = living.add(embeddings, out)
+        elif wanted == ["measure"]:
+            manifest = living.measure(out, queries)
+        elif wanted == ["compact"]:
+            manifest = living.compact(out, change["compact"])
+        else:
+            names, ids = named(change["delete"])
+            manifest = living.delete(out, names, [*ids, *change["delete_id"]])
+        _done(out, manifest, "rows", "deleted")
 
 
 @stage("search", "iir_dist.index.search:SearchConfig")
 @click.argument("database", nargs=-1, required=True, metavar="INDEX...")
 @click.option("--queries", required=True, multiple=True, metavar="EMBEDDINGS", help="Repeatable.")
+@click.option(
+    "--recall", type=click.FloatRange(0, 1, min_open=True), help="Cheapest setting of an index that reaches it."
+)
 @click.option("-k", type=click.IntRange(min=1), help="List depth; all for exact search, 1000 for an index.")
+@click.option("--only", metavar="FILE", help="Search only these rows: a .txt, .csv or .parquet list of name or id.")
+@click.option("--verify", is_flag=True, help="Check every file of an index first, not each shard before its use.")
+@click.option("--allow-partial", is_flag=True, help="Answer without shards that are lost; say which rows are missing.")
 @out
 def search(
-    config: Any, database: tuple[str, ...], queries: tuple[str, ...], k: int | None, out: str, force: bool
+    config: Any,
+    database: tuple[str, ...],
+    queries: tuple[str, ...],
+    recall: float | None,
+    k: int | None,
+    only: str | None,
+    out: str,
+    force: bool,
+    **flags: bool,
 ) -> None:
     """Rank an index, or embeddings/ exactly, for every query."""
     from iir_dist.index.search import run
 
-    config = config.model_copy(update={"k": k}) if k else config
-    _done(out, run(list(database), list(queries), out, config, force=force), "queries", "rows")
+    given = {**flags, "k": k, "recall": recall}
+    config = config.model_copy(update={key: value for key, value in given.items() if value})
+    manifest = run(list(database), list(queries), out, config, only=only, force=force)
+    _done(out, manifest, "queries", "rows")
+    for start, stop in manifest.info.get("missing", ()):
+        click.echo(f"database rows {start} to {stop - 1} are missing")
 
 
 @stage("evaluate", "iir_dist.evaluate:EvaluateConfig")
 @click.argument("rankings", metavar="RANKINGS")
 @click.option("--groundtruth", required=True, metavar="PATH", help="As for ingest, or an images/ folder that has one.")
-@click.option("--protocol", type=click.Choice(["revisited", "original"]), help="Insist on a protocol.")
+@click.option("--protocol", type=click.Choice(["revisited", "original", "custom"]), help="Insist on a protocol.")
 @out
 def evaluate(config: Any, rankings: str, groundtruth: str, protocol: str | None, out: str, force: bool) -> None:
-    """Score rankings by the original or revisited protocol."""
+    """Score rankings by the original or revisited protocol, or by labels or pairs of your own."""
     from iir_dist.evaluate import run
 
     config = config.model_copy(update={"protocol": protocol}) if protocol else config
@@ -264,8 +334,24 @@ def evaluate(config: Any, rankings: str, groundtruth: str, protocol: str | None,
     _done(out, manifest, "queries")
     for level, m in manifest.info["metrics"].items():
         if m["num_queries"]:
-            precision = "  ".join(f"mP@{k} {m[f'mp@{k}']:.4f}" for k in (1, 5, 10))
-            click.echo(f"{level:<9} mAP {m['map']:.4f}  {precision}  over {m['num_queries']} queries")
+            scores = {n: v for n, v in m.items() if n.startswith(("mp@", "recall@", "micro")) and v is not None}
+            text = "  ".join(f"{n.replace('mp@', 'mP@')} {v:.4f}" for n, v in scores.items())
+            figure = manifest.info["protocol"]["figure"]
+            click.echo(f"{level:<9} {figure} {m['map']:.4f}  {text}  over {m['num_queries']} queries")
+    for d in manifest.info["protocol"]["differences"]:
+        click.echo(f"not as published: {d['choice']}: {d['here']} (published: {d['published']})")
+
+
+@main.command("compare")
+@click.argument("a", metavar="METRICS")
+@click.argument("b", metavar="METRICS")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def compare(a: str, b: str, as_json: bool) -> None:
+    """Two evaluations side by side: paired differences, and where the protocols differ."""
+    from iir_dist.compare import run
+
+    found = run(a, b)
+    click.echo(found.to_json() if as_json else found.table())
 
 
 @stage("report", "iir_dist.report:ReportConfig")
@@ -277,6 +363,55 @@ def report(config: Any, metrics: tuple[str, ...], images: tuple[str, ...], out: 
     from iir_dist.report import run
 
     _done(out, run(list(metrics), list(images), out, config, force=force), "evaluations")
+
+
+@main.group()
+def rerank() -> None:
+    """Order the first of each list anew, by vectors of the whole neighbourhood."""
+
+
+def _rerank(name: str, config: str, text: str) -> None:
+    @stage(name, f"iir_dist.rerank.{config}", rerank)
+    @click.argument("rankings", metavar="RANKINGS")
+    @click.option("--database", required=True, multiple=True, metavar="INDEX", help="What was searched; repeatable.")
+    @click.option("--queries", required=True, multiple=True, metavar="EMBEDDINGS", help="Repeatable.")
+    @out
+    def command(
+        config: Any, rankings: str, database: tuple[str, ...], queries: tuple[str, ...], out: str, force: bool
+    ) -> None:
+        from iir_dist.rerank.stage import run
+
+        manifest = run(rankings, database, queries, out, config, force=force)
+        _done(out, manifest, "queries", "rows")
+        click.echo(f"{manifest.info['rerank_ms_per_query']} ms a query")
+
+    command.help = text
+
+
+_rerank("qe", "expansion:QueryExpansion", "Alpha query expansion, and a second search.")
+_rerank("dba", "augmentation:Augmentation", "Database-side augmentation of the list.")
+_rerank("diffusion", "diffusion:Diffusion", "Diffusion on the graph of mutual neighbours in the list.")
+_rerank("superglobal", "superglobal:SuperGlobal", "SuperGlobal re-ranking.")
+
+
+@main.group()
+def bench() -> None:
+    """Benchmarks of retrieval."""
+
+
+@stage("distractors", "iir_dist.bench.stage:BenchConfig", bench)
+@click.argument("database", metavar="EMBEDDINGS")
+@click.option("--groundtruth", required=True, metavar="PATH", help="As for ingest, or an images/ folder that has one.")
+@click.option("--distractors", multiple=True, metavar="EMBEDDINGS", help="Embeddings of distractors; repeatable.")
+@out
+def bench_distractors(
+    config: Any, database: str, groundtruth: str, distractors: tuple[str, ...], out: str, force: bool
+) -> None:
+    """mAP and cost of search among 0, 10^3, … 10^6 distractors."""
+    from iir_dist.bench.stage import run
+
+    _done(out, run(database, groundtruth, distractors, out, config, force=force), "steps")
+    click.echo(f"report: {out}/report.html")
 
 
 @main.command()

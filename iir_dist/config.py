@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from iir_dist.errors import ConfigError
 
 STAGES = (
-    "ingest", "encoder", "pretrain", "finetune", "embed", "whiten", "index", "search", "evaluate", "report", "demo",
+    "ingest", "encoder", "pretrain", "finetune", "embed", "whiten", "index", "search", "qe", "dba", "diffusion", "superglobal",
+    "evaluate", "distractors", "report", "demo",
 )  # fmt: skip
 
 
