@@ -21,7 +21,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from iir_dist.artifact import Manifest, verify
 from iir_dist.config import build
 from iir_dist.data.collection import open_collection
-from iir_dist.data.embeddings import Block, Embeddings
+from iir_dist.data.embeddings import Embeddings
 from iir_dist.errors import ConfigError, CorruptError, InputError, MismatchError
 from iir_dist.evaluate.rankings import open_rankings
 from iir_dist.index import living
@@ -629,13 +629,13 @@ def test_embeddings_are_read_few_times(
     """Once for the candidates of all shards, where they fit, and once to search again; else once for each shard."""
     searched(stored, "exact", tmp_path / "rankings", k=50)
     read: list[str] = []
-    original = Embeddings.read
+    original = Embeddings.database_vectors
 
-    def counting(self: Embeddings, shard: str, *, vectors: bool = True) -> Block:
-        read.extend([shard] * (vectors and "db" in self.folder.uri))
-        return original(self, shard, vectors=vectors)
+    def counting(self: Embeddings, shard: str) -> F32:
+        read.extend([shard] * ("db" in self.folder.uri))
+        return original(self, shard)
 
-    monkeypatch.setattr(Embeddings, "read", counting)
+    monkeypatch.setattr(Embeddings, "database_vectors", counting)
     manifests = []
     for kept, config, passes in ((2**28, SuperGlobal(), 1), (2**28, QueryExpansion(), 2), (1, SuperGlobal(), 5)):
         monkeypatch.setattr("iir_dist.rerank.sources.FETCHED", kept)

@@ -79,7 +79,7 @@ class Embeddings:
             CorruptError: they are not, or (with a manifest) the file is not the one that was written.
         """
         table = self._table(shard, ("id", "name", "split", "embedding") if vectors else ("id", "name", "split"))
-        x = self._checked(table, shard) if vectors else None
+        x = np.require(self._checked(table, shard), requirements="W") if vectors else None
         ids = table.column("id").to_numpy() if "id" in table.column_names else np.arange(len(table))
         splits = table.column("split").to_numpy(zero_copy_only=False) if "split" in table.column_names else None
         return Block(ids.astype(np.int64), table.column("name").to_numpy(zero_copy_only=False), splits, x)
