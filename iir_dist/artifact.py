@@ -256,7 +256,7 @@ class Work:
     ) -> Manifest:
         """Write the manifest, `draft` of the same arguments: the artifact is complete from here on."""
         manifest = self.draft(counts, files, info, shards)
-        _sweep(self.folder)  # of a worker that was killed and replaced
+        sweep(self.folder)  # of a worker that was killed and replaced
         if not self.folder.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
             raise BusyError(
                 f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
@@ -394,10 +394,10 @@ def _resume_or_start(work: Work) -> None:
         work.folder.write(f"{WORK}plan.json", json.dumps(work.plan).encode())
         return
     _refuse_other_plan(work, plan, "holds unfinished work")
-    _sweep(work.folder)
+    sweep(work.folder)
 
 
-def _sweep(folder: Folder) -> None:
+def sweep(folder: Folder) -> None:
     """Delete what processes that were killed while writing have left."""
     for entry in list(folder.list()):
         if entry.name.rpartition("/")[2].startswith(".") and entry.name.endswith(".tmp"):

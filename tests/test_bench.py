@@ -25,7 +25,7 @@ from iir_dist.bench.stage import BenchConfig
 from iir_dist.bench.subsets import SYNTHETIC, Distractors
 from iir_dist.data.collection import Collection, Segment
 from iir_dist.data.embeddings import open_embeddings
-from iir_dist.errors import ConfigError, InputError
+from iir_dist.errors import ConfigError, GroundTruthError, InputError
 from iir_dist.index import search
 from iir_dist.index.plan import IndexConfig
 from iir_dist.vectors import F32
@@ -80,7 +80,7 @@ def test_too_few_real_vectors_are_refused() -> None:
 
 def test_rows_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
     x = clustered(300, 1)
-    made = Distractors([open_embeddings(write_vectors(tmp_path / "d", x, "photo"))], fit(x, seed=0), seed=0)
+    made = Distractors([open_embeddings(write_vectors(tmp_path / "d", x, "photo"))], 0, fit(x, seed=0))
 
     def rows(cuts: list[int]) -> tuple[list[str], list[str], bytes]:
         parts = [p for a, b in pairwise(cuts) for p in made.rows(a, b)]
@@ -184,6 +184,23 @@ def test_synthetic_rows_are_said_to_be(benched: Path) -> None:
     assert "<td>30</td>" in page
     assert "src=" not in page
     assert page.count("<svg") == 3 * len(figures(benched)["steps"][0]["exact"])
+
+
+@pytest.mark.ray
+def test_no_recall_is_told_of_a_setting_that_was_not_measured(images: Path, embeddings: Path, tmp_path: Path) -> None:
+    config = BenchConfig(steps=(0,), rerank=(), index=IndexConfig(factory="IVF4,PQ64x4fsr", nprobe=3, refine=5))
+    stage.run(str(embeddings / "benchmark"), str(images / "benchmark"), [], str(tmp_path / "o"), config)
+    (step,) = json.loads((tmp_path / "o" / "bench.json").read_bytes())["steps"]
+    assert (step["points"][0]["nprobe"], step["points"][0]["refine"]) == (3, 5)
+    assert step["points"][0]["recall@10"] is None
+    assert step["points"][1]["recall@10"] is not None
+
+
+def test_a_custom_protocol_is_refused(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "e", clustered(9, 1), "query", "query", encoder="a" * 64)
+    (tmp_path / "truth.csv").write_text("query,name\nquery_00000,a\n")
+    with pytest.raises(GroundTruthError, match=r"custom protocol.*expected the revisited or the original one"):
+        stage.run(str(tmp_path / "e"), str(tmp_path / "truth.csv"), [], str(tmp_path / "o"), CONFIG)
 
 
 @pytest.mark.ray

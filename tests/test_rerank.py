@@ -27,7 +27,7 @@ from iir_dist.evaluate.rankings import open_rankings
 from iir_dist.index import living
 from iir_dist.index import search as searching
 from iir_dist.index.engine import open_index
-from iir_dist.index.search import RANKINGS, SearchConfig, _Writer
+from iir_dist.index.search import RANKINGS, RankingsWriter, SearchConfig
 from iir_dist.rerank import interface, method, stage
 from iir_dist.rerank.augmentation import Augmentation
 from iir_dist.rerank.diffusion import Diffusion
@@ -601,15 +601,15 @@ def test_a_run_that_stopped_goes_on(
     whole = reranked(stored, kind, rankings, tmp_path / "whole", config)
     written: list[int] = []
 
-    class Stopping(_Writer):
-        def write(self, number: int, *arguments: Any) -> None:
+    class Stopping(RankingsWriter):
+        def write(self, number: int, *arguments: Any, **more: Any) -> None:
             if written == [0, 1]:
                 written.append(-1)
                 raise KeyboardInterrupt
             written.append(number)
-            super().write(number, *arguments)
+            super().write(number, *arguments, **more)
 
-    monkeypatch.setattr(stage, "_Writer", Stopping)
+    monkeypatch.setattr(stage, "RankingsWriter", Stopping)
     with pytest.raises(KeyboardInterrupt):
         reranked(stored, kind, rankings, out, config)
     with pytest.raises(MismatchError, match=r"unfinished work of another run: config\.k: \d+ there, 11 now"):

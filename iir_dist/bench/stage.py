@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from iir_dist import artifact, metrics
 from iir_dist.artifact import InputRef, Manifest
-from iir_dist.bench.mixture import Mixture, comparison, fit
+from iir_dist.bench.mixture import comparison, fit
 from iir_dist.bench.pictures import render
 from iir_dist.bench.ranks import exact_ranks
 from iir_dist.bench.subsets import Distractors, SubsetConfig, write_subset
@@ -58,7 +58,7 @@ class BenchConfig(StageConfig):
     """Numbers of distractors, ascending. What real ones do not reach is filled up with synthetic vectors."""
     depth: int = Field(10_000, ge=1)
     """Length of the lists that an index gives; mAP counts what is behind it as never found. Exact ranks are complete."""
-    recalls: tuple[float, ...] = (0.8, 0.95, 0.99)
+    recalls: tuple[float, ...] = (0.8, 0.99)
     """Operating points by their recall@10, beside the index's own."""
     rerank: tuple[RerankConfig, ...] = (QueryExpansion(), Augmentation(n=400), Diffusion(n=400), SuperGlobal(n=400))
     """Re-rankers of what the index's own operating point finds."""
@@ -107,6 +107,11 @@ def run(
     if sources[0].manifest is None:
         raise InputError(f"{database} has no manifest; expected embeddings that iir embed wrote")
     truth = groundtruth.read(truth_uri)
+    if truth.protocol == "custom":
+        raise GroundTruthError(
+            f"{truth_uri} is a ground truth of the custom protocol, whose AP@k of complete lists is not what this benchmark "
+            "compares; expected the revisited or the original one"
+        )
     refs = {
         "database": sources[0].ref,
         "groundtruth": InputRef(uri=truth_uri, fingerprint=fingerprint(truth.to_json())),
@@ -116,8 +121,8 @@ def run(
     with artifact.begin(out, "bench", config, refs, force=force) as work:
         if work.finished:
             return work.finished
-        real, mixture, nearest = _distractors(extra, sources[0], xq, config, work)
-        subsets = _subsets(out, config, real, extra, mixture, sources[0], force)
+        made, nearest = _distractors(extra, xq, config)
+        real, subsets = len(made.names), _subsets(out, config, made, extra, sources[0].manifest, force)
         order = _order(truth, names)
         done = work.done()
         with Progress("bench", len(config.steps), "steps", done=len(done)) as progress:
@@ -156,13 +161,13 @@ def file_name(step: int) -> str:
 
 
 def _distractors(
-    extra: Sequence[Embeddings], space: Embeddings, xq: F32, config: BenchConfig, work: artifact.Work
-) -> tuple[int, Mixture | None, dict[str, Any] | None]:
-    """Number of real distractors; a mixture for more than these, and how it compares."""
-    made = Distractors(extra, None, config.seed)
+    extra: Sequence[Embeddings], xq: F32, config: BenchConfig
+) -> tuple[Distractors, dict[str, Any] | None]:
+    """Real distractors, with a mixture behind them where more are wanted; and how that compares."""
+    made = Distractors(extra, config.seed)
     real = len(made.names)
     if config.steps[-1] <= real:
-        return real, None, None
+        return made, None
     if made.vectors is None:
         raise InputError(
             f"steps up to {config.steps[-1]} distractors and no real one given; expected --distractors EMBEDDINGS, from "
@@ -172,27 +177,19 @@ def _distractors(
         "bench: %d real distractors are given; those up to %d are synthetic vectors, and said to be wherever they count",
         real, config.steps[-1],
     )  # fmt: skip
-    mixture = fit(made.vectors, config.seed)
-    return real, mixture, comparison(mixture, made.vectors, xq, config.seed)
+    made.mixture = fit(made.vectors, config.seed)
+    return made, comparison(made.mixture, made.vectors, xq, config.seed)
 
 
 def _subsets(
-    out: str,
-    config: BenchConfig,
-    real: int,
-    extra: Sequence[Embeddings],
-    mixture: Mixture | None,
-    space: Embeddings,
-    force: bool,
+    out: str, config: BenchConfig, made: Distractors, extra: Sequence[Embeddings], space: Manifest, force: bool
 ) -> list[str]:
     """Embeddings of the distractors that each step adds."""
-    assert space.manifest is not None
-    made = Distractors(extra, mixture, config.seed)
     found = []
     for start, stop in pairwise([0, *(s for s in config.steps if s)]):
         uri = f"{out}/distractors-{stop}"
-        settings = SubsetConfig(start=start, stop=stop, real=real, seed=config.seed)
-        write_subset(uri, made, settings, artifact.combine(s.ref for s in extra), space.manifest, force=force)
+        settings = SubsetConfig(start=start, stop=stop, real=len(made.names), seed=config.seed)
+        write_subset(uri, made, settings, artifact.combine(s.ref for s in extra), space, force=force)
         found.append(uri)
     return found
 
@@ -203,9 +200,7 @@ def _subsets(
 def _order(truth: GroundTruth, names: Sequence[str]) -> I64:
     """Where the vector of each query of the ground truth is."""
     rows = {name: row for row, name in enumerate(names)}
-    by_name = groundtruth.match([q.name for q in truth.queries], names)
-    by_image = groundtruth.match([q.image for q in truth.queries], names)
-    found = [by_name.get(q.name) or by_image.get(q.image) for q in truth.queries]
+    found = groundtruth.match_queries(truth.queries, names)
     missing = [q.name for q, name in zip(truth.queries, found, strict=True) if name is None]
     if missing:
         raise GroundTruthError(
@@ -264,7 +259,8 @@ def _settings(index: Index, config: BenchConfig) -> Iterator[tuple[str, int, int
     found = read_points(index.folder, index.manifest)
     default = found.reaching(config.index.recall)
     info = index.manifest.info
-    yield "default", info["nprobe"], info["refine"], default.worst
+    own = (info["nprobe"], info["refine"])
+    yield "default", *own, default.worst if own == (default.nprobe, default.refine) else float("nan")
     for recall in config.recalls:
         point = found.reaching(recall)
         yield f"recall {recall:g}", point.nprobe, point.refine, point.worst

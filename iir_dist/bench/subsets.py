@@ -35,7 +35,7 @@ class SubsetConfig(StageConfig):
 class Distractors:
     """Real vectors in an order by hash, and then synthetic ones without end."""
 
-    def __init__(self, sources: Sequence[Embeddings], mixture: Mixture | None, seed: int) -> None:
+    def __init__(self, sources: Sequence[Embeddings], seed: int, mixture: Mixture | None = None) -> None:
         blocks = [database_rows(block) for source in sources for block in source.blocks()]
         names = np.concatenate([b.names for b in blocks]) if blocks else np.empty(0, object)
         x = [b.vectors for b in blocks if b.vectors is not None]

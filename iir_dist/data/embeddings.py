@@ -95,6 +95,11 @@ class Embeddings:
             table = table if pc.all(kept).as_py() else table.filter(kept)
         return self._checked(table, shard)
 
+    def count_queries(self, shard: str) -> int:
+        """Rows of split `query`; none where no split is known."""
+        table = self._table(shard, ("split",))
+        return int(pc.sum(pc.equal(table["split"], "query")).as_py() or 0) if table.num_columns else 0
+
     def _table(self, shard: str, columns: Sequence[str]) -> pa.Table:
         """These columns, as far as they are there; the file is checked where vectors are among them."""
         if "embedding" in columns and self.manifest is not None:

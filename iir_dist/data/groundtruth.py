@@ -9,7 +9,7 @@ read by `pickles`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +128,14 @@ def match(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
         if target is not None:
             found[name] = target
     return found
+
+
+def match_queries(queries: Iterable[Query], available: Collection[str]) -> list[str | None]:
+    """For each query what is named as it is, or as its image is; None where neither is there."""
+    queries = list(queries)
+    by_name = match([q.name for q in queries], available)
+    by_image = match([q.image for q in queries], available)
+    return [by_name.get(q.name) or by_image.get(q.image) for q in queries]
 
 
 # ------------------------------------------------------------------------------------------------ formats

@@ -118,9 +118,7 @@ def _check_set(rankings: Rankings, truth: GroundTruth, numbers: Mapping[str, int
 
 def lists_of(rankings: Rankings, truth: GroundTruth) -> list[str]:
     """The list of each query, found by the query's name or by its image's."""
-    by_name = groundtruth.match([q.name for q in truth.queries], rankings.lists)
-    by_image = groundtruth.match([q.image for q in truth.queries], rankings.lists)
-    found = [by_name.get(q.name) or by_image.get(q.image) for q in truth.queries]
+    found = groundtruth.match_queries(truth.queries, rankings.lists)
     missing = [q.name for q, key in zip(truth.queries, found, strict=True) if key is None]
     if missing:
         raise GroundTruthError(

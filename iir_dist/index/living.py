@@ -234,23 +234,18 @@ def _start(work: artifact.Work, old: Manifest, plan: Mapping[str, Any]) -> None:
         there = json.loads(folder.read(PLAN))
         if there == plan:
             log.info("index: the %s that was interrupted goes on", plan["change"])
-            _sweep(folder, set(old.files), temporary=True)
+            artifact.sweep(folder)
             return
         if there.get("base") == old.fingerprint:
             log.warning("index: the %s that was interrupted is dropped; give its command again", there["change"])
     for entry in list(folder.list(artifact.WORK)):
         if entry.name != LEASE:
             folder.delete(entry.name)
-    _sweep(folder, set(old.files), temporary=False)
-    folder.write(PLAN, json.dumps(plan).encode())
-
-
-def _sweep(folder: Folder, keep: set[str], *, temporary: bool) -> None:
-    """Delete what killed processes left and, unless only `temporary` ones, files that the manifest does not list."""
+    artifact.sweep(folder)
     for entry in list(folder.list()):
-        left = entry.name.rpartition("/")[2].startswith(".") and entry.name.endswith(".tmp")
-        if left or (not temporary and _OURS.fullmatch(entry.name) and entry.name not in keep):
+        if _OURS.fullmatch(entry.name) and entry.name not in old.files:
             folder.delete(entry.name)
+    folder.write(PLAN, json.dumps(plan).encode())
 
 
 def _finish(
@@ -263,9 +258,7 @@ def _finish(
     removed: Sequence[str] = (),
     inputs: Mapping[str, InputRef] | None = None,
 ) -> Manifest:
-    _sweep(
-        work.folder, set(old.files), temporary=True
-    )  # of workers that were killed, and whose tasks Ray gave to others
+    artifact.sweep(work.folder)  # of workers that were killed, and whose tasks Ray gave to others
     info = {**info, "generation": _generation(old), "superseded": list(removed)}
     return work.amend(old, {**old.counts, **counts}, files, info, inputs, removed)
 

@@ -29,7 +29,7 @@ from iir_dist.data.embeddings import Embeddings
 from iir_dist.errors import ConfigError
 from iir_dist.index.engine import Index
 from iir_dist.index.plan import IndexConfig, parse
-from iir_dist.index.shard import Bits, Shard, ShardInfo
+from iir_dist.index.shard import TEMPLATE, Bits, Shard, ShardInfo, stored_vectors
 from iir_dist.index.train import hashes, sample_rows
 from iir_dist.storage import Folder
 from iir_dist.vectors import F32, I64, merge_top_k, top_k
@@ -50,7 +50,7 @@ GAIN = 0.004
 """Recall by which a dearer point must be better to be kept."""
 ENOUGH = 0.999
 """Recall from which on more is not sought: the last lists cost as much as all before them."""
-BLOCK = 2**14
+BLOCK = 2**12
 """Rows that are compared at a time when the truth is computed."""
 DATABASE, OTHER = "database", "queries"
 
@@ -76,8 +76,8 @@ class Point(BaseModel):
 
     @property
     def worst(self) -> float:
-        """Recall@10 of the kind of queries that comes off worse."""
-        return min(recall[K] for recall in self.recall.values())
+        """Recall@10 of the kind of queries that comes off worse; 1 where none could ask (an index of one row)."""
+        return min((recall[K] for recall in self.recall.values()), default=1.0)
 
 
 class OperatingPoints(BaseModel):
@@ -134,9 +134,7 @@ def other_queries(sources: Sequence[Embeddings], dim: int, seed: int) -> F32:
     places: list[tuple[int, str, int]] = []
     for number, source in enumerate(sources):
         for shard in source.shards:
-            block = source.read(shard, vectors=False)
-            if block.splits is not None:
-                places.append((number, shard, len(query_rows(block).ids)))
+            places.append((number, shard, source.count_queries(shard)))
     chosen = sample_rows(sum(count for *_, count in places), QUERIES, seed)
     found, first = [], 0
     for number, shard, count in places:
@@ -211,26 +209,16 @@ def _truth(index: Index, xq: F32, alive: Bits, k: int) -> I64:
     return merge_top_k(parts, k, larger_is_better=True)[1]
 
 
-def _vectors(index: Index, rows: I64) -> F32:
-    """The float16 vectors of database rows, widened."""
-    out = np.empty((len(rows), index.dim), np.float32)
-    for info in index.shards:
-        shard = Shard(index.folder, info, index.dim, index.manifest.files)
-        mine = np.flatnonzero((rows >= info.start) & (rows < info.stop))
-        if len(mine):
-            vectors = shard.open_vectors()
-            out[mine] = vectors[np.searchsorted(shard.rows(), rows[mine])]
-    return out
-
-
 def _kinds(index: Index, others: F32, seed: int) -> list[_Kind]:
     alive = index.alive
     living = np.flatnonzero(alive)
     # Not by the seed of the training sample, which would choose from that.
-    rows = living[np.sort(np.argsort(hashes(living, seed + 1))[:QUERIES])]
+    keys = hashes(living, seed + 1)
+    rows = np.sort(living[np.argpartition(keys, QUERIES)[:QUERIES]] if len(keys) > QUERIES else living)
     bits = np.packbits(alive, bitorder="little")
     depth = min(max(DEPTHS), len(living))
-    xq = np.concatenate([_vectors(index, rows), others.astype(np.float32)])
+    shards = [Shard(index.folder, info, index.dim, index.manifest.files) for info in index.shards]
+    xq = np.concatenate([stored_vectors(shards, rows, index.dim)[0], others.astype(np.float32)])
     truth = _truth(index, xq, bits, min(depth + 1, len(living)))
     kinds = []
     if truth.shape[1] > 1:
@@ -282,7 +270,7 @@ def measure(index: Index, others: F32, seed: int) -> OperatingPoints:
     files = index.manifest.files
     names = [s.files for s in index.shards]
     memory = {
-        "index": files["trained.faiss"].size + sum(files[codes].size for codes, *_ in names),
+        "index": files[TEMPLATE].size + sum(files[codes].size for codes, *_ in names),
         "vectors": sum(files[vectors].size for _, vectors, *_ in names),
     }
     return OperatingPoints(

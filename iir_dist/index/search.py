@@ -139,7 +139,7 @@ def run(
         index = None if index_manifest is None else stack.enter_context(_open(folder, index_manifest, config, workers))
         if index is not None:
             names = index.names
-        allowed = _allowed(names, config.splits, chosen, " ".join(database))
+        allowed = allowed_rows(names, config.splits, chosen, " ".join(database))
         counted = allowed if index is None else index.alive if allowed is None else allowed & index.alive
         num_rows = len(names) if counted is None else int(counted.sum())
         if num_rows == 0:
@@ -154,7 +154,7 @@ def run(
             ranked = _ranked(index, xq, pending, depth, (point["nprobe"], point["refine"]), allowed)
         else:
             ranked = Exact(collection, on_ray=workers > 0).rank(xq, pending, depth, allowed)
-        writer = _Writer(work.folder, query_names, names)
+        writer = RankingsWriter(work.folder, query_names, names)
         with Progress("search", len(xq), "queries", done=sum(m.counts["queries"] for m in done.values())) as progress:
             for number, scores, rows in ranked:
                 writer.write(number, groups[number], scores, rows, index.missing if index is not None else [])
@@ -208,7 +208,7 @@ def _operating_point(index: Index | None, config: SearchConfig) -> dict[str, Any
     return {"nprobe": point.nprobe, "refine": point.refine, "recall": {kind: r[10] for kind, r in point.recall.items()}}
 
 
-def _allowed(
+def allowed_rows(
     names: pa.Table, splits: Sequence[str], chosen: tuple[list[str], list[int]] | None, where: str
 ) -> npt.NDArray[np.bool_] | None:
     """The rows to search in, as a mask; None for all."""
@@ -247,7 +247,7 @@ def _check_space(queries: Embeddings, encoder: str | None, dim: int, where: str)
         raise InputError(f"the queries have dimension {queries.dim}, {where} has {dim}; embed both with one encoder")
 
 
-class _Writer:
+class RankingsWriter:
     """Writes rankings shards; holds the names of the database once."""
 
     def __init__(self, folder: Folder, queries: list[str], names: pa.Table) -> None:
@@ -257,8 +257,8 @@ class _Writer:
         # In one piece, because Arrow takes rows of one piece faster; large, because that may exceed 2 GB.
         self.names = pa.concat_arrays(names["name"].cast(pa.large_string()).chunks)
 
-    def write(self, number: int, group: slice, scores: F32, rows: I64, missing: list[list[int]]) -> None:
-        """Write and commit the lists of a group of queries."""
+    def write(self, number: int, group: slice, scores: F32, rows: I64, missing: list[list[int]], **more: Any) -> None:
+        """Write and commit the lists of a group of queries; `more` goes into the marker."""
         step = max(1, ROWS_PER_GROUP // rows.shape[1])
         with self.folder.publish(shard_name(number)) as file:
             with pq.ParquetWriter(file.path, RANKINGS, compression="zstd", use_dictionary=["query"]) as writer:
@@ -267,7 +267,7 @@ class _Writer:
                     writer.write_table(self._table(group.start + start, scores[part], rows[part]))
         counts = {"queries": len(rows), "rows": int((rows >= 0).sum())}
         files = {shard_name(number): artifact.entry_of(file)}
-        artifact.commit(self.folder, number, files, counts, {"missing": missing})
+        artifact.commit(self.folder, number, files, counts, {"missing": missing, **more})
 
     def _table(self, first: int, scores: F32, rows: I64) -> pa.Table:
         query, rank = np.nonzero(rows >= 0)

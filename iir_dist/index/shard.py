@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +331,28 @@ class Shard:
 def _tied(scores: F32, rows: I64, k: int) -> npt.NDArray[np.bool_]:
     """(nq,) whether the last of the scores that were asked for equals the k-th, so that there may be more of them."""
     return np.asarray((scores[:, -1] == scores[:, k - 1]) & (rows[:, -1] >= 0))
+
+
+def stored_vectors(shards: Iterable[Shard], rows: I64, dim: int) -> tuple[F32, int]:
+    """The float16 vectors (m, d) of distinct database rows, ascending, widened; and how many of the rows have none.
+
+    Raises:
+        CorruptError: a file is missing or not the one that was written.
+    """
+    out, left = np.empty((len(rows), dim), np.float32), len(rows)
+    for shard in shards:
+        low, high = np.searchsorted(rows, [shard.info.start, shard.info.stop])
+        if low == high:
+            continue
+        vectors, mine = shard.open_vectors(), rows[low:high]
+        at = mine - shard.info.start
+        if shard.info.ids is not None:
+            there = shard.rows()
+            at = np.minimum(np.searchsorted(there, mine), len(there) - 1)
+            mine = mine[there[at] == mine]
+        left -= len(mine)
+        out[low:high] = vectors[at]
+    return out, left
 
 
 def write_kept(shard: Shard, dead: I64, path: Path) -> None:

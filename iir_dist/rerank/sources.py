@@ -10,7 +10,7 @@ from iir_dist.data.collection import Collection
 from iir_dist.errors import InputError
 from iir_dist.index.engine import Index
 from iir_dist.index.exact import Exact, Mask
-from iir_dist.index.shard import Shard
+from iir_dist.index.shard import Shard, stored_vectors
 from iir_dist.rerank.interface import FETCHED
 from iir_dist.vectors import F32, I64
 
@@ -40,20 +40,7 @@ class IndexSource:
             InputError: the index has no such row, or it was compacted away.
             CorruptError: the vectors are not those that were written.
         """
-        out = np.empty((len(rows), self.index.dim), np.float32)
-        left = len(rows)
-        for shard in self.shards:
-            low, high = np.searchsorted(rows, [shard.info.start, shard.info.stop])
-            if low == high:
-                continue
-            vectors, mine = shard.open_vectors(), rows[low:high]
-            at = mine - shard.info.start
-            if shard.info.ids is not None:
-                there = shard.rows()
-                at = np.minimum(np.searchsorted(there, mine), len(there) - 1)
-                mine = mine[there[at] == mine]
-            left -= len(mine)
-            out[low:high] = vectors[at]
+        out, left = stored_vectors(self.shards, rows, self.index.dim)
         if left:
             raise InputError(f"{self.index.folder.uri} has no vectors of {left} of {len(rows)} rows; search it again")
         return out

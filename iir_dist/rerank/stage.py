@@ -22,7 +22,7 @@ from iir_dist.data.collection import open_collection
 from iir_dist.errors import InputError, MismatchError
 from iir_dist.index.engine import opened
 from iir_dist.index.rows import read_list
-from iir_dist.index.search import _allowed, _Writer, open_queries
+from iir_dist.index.search import RankingsWriter, allowed_rows, open_queries
 from iir_dist.progress import Progress
 from iir_dist.rerank.expansion import QueryExpansion
 from iir_dist.rerank.interface import expand, rerank
@@ -69,7 +69,7 @@ def run(
             return work.finished
         source, names = found.open(stack, searched)
         lists = _Lists(folder, searched, query_names, names)
-        writer = _Writer(work.folder, query_names, names)
+        writer = RankingsWriter(work.folder, query_names, names)
         done = work.done()
         pending = {number: group for number, group in enumerate(lists.groups) if number not in done}
         if isinstance(source, IndexSource):
@@ -78,20 +78,16 @@ def run(
         with Progress("rerank", len(xq), "queries", done=sum(m.counts["queries"] for m in done.values())) as progress:
             for number, scores, rows in _reranked(config, xq, lists, source, pending):
                 seconds = clock.stop()
-                writer.write(number, lists.groups[number], scores, rows, source.missing)
-                marker = work.done()[number]
-                info = {**marker.info, "rerank_seconds": seconds}
-                artifact.commit(work.folder, number, marker.files, marker.counts, info)
+                writer.write(number, lists.groups[number], scores, rows, source.missing, rerank_seconds=seconds)
                 progress.advance(len(scores))
                 clock.start()
         markers = work.done().values()
         missing = {tuple(r) for r in (*searched.info["missing"], *(r for m in markers for r in m.info["missing"]))}
-        seconds = sum(m.info["rerank_seconds"] for m in markers if "rerank_seconds" in m.info)
-        timed = sum(m.counts["queries"] for m in markers if "rerank_seconds" in m.info)
+        seconds = sum(m.info["rerank_seconds"] for m in markers)
         info = {
             **searched.info, "missing": [list(r) for r in sorted(missing)], "search": searched.config,
             "rerank": config.model_dump(mode="json"),
-            "rerank_ms_per_query": round(1e3 * seconds / timed, 3) if timed else None,
+            "rerank_ms_per_query": round(1e3 * seconds / len(xq), 3),
         }  # fmt: skip
         counts = {key: sum(m.counts[key] for m in markers) for key in ("queries", "rows")}
         return work.publish(counts, info=info, shards=len(lists.groups))
@@ -162,10 +158,10 @@ class _Database:
         splits = searched.config["splits"]
         if self.collection:
             collection, names = self.collection
-            return CollectionSource(collection, _allowed(names, splits, chosen, self.where)), names
+            return CollectionSource(collection, allowed_rows(names, splits, chosen, self.where)), names
         assert self.index is not None
         index = stack.enter_context(opened(*self.index, allow_partial=searched.config["allow_partial"]))
-        allowed = _allowed(index.names, splits, chosen, self.where)
+        allowed = allowed_rows(index.names, splits, chosen, self.where)
         return IndexSource(index, searched.info["nprobe"], searched.info["refine"], allowed), index.names
 
 

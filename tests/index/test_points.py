@@ -139,6 +139,16 @@ def test_measured_again_after_a_change(measured: Path, tmp_path: Path) -> None:
     assert found.points[-1].recall[OTHER][10] == pytest.approx(recall(seen, truth), abs=1e-4)
 
 
+def test_an_index_of_one_row(tmp_path: Path, ray_session: None) -> None:
+    """Nobody can ask it for another row, so there is nothing to measure."""
+    write_vectors(tmp_path / "db", clustered(1, 1))
+    manifest = build.run([str(tmp_path / "db")], str(tmp_path / "index"), IndexConfig())
+    assert (manifest.info["nprobe"], manifest.info["refine"]) == (1, 0)
+    assert points_of(tmp_path / "index").queries == {}
+    with open_index(tmp_path / "index") as index:
+        assert index.search(clustered(1, 1), 3)[1].tolist() == [[0, -1, -1]]
+
+
 def test_queries_of_another_space_are_refused(measured: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "a", clustered(50, 3), "query", "query", encoder="a" * 64)
     write_vectors(tmp_path / "b", clustered(2000, 3), encoder="b" * 64)
