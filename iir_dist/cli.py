@@ -181,15 +181,17 @@ def pretrain(config: Any, images: tuple[str, ...], out: str, force: bool) -> Non
     _done(out, run(list(images), out, config, force=force), "images", "steps")
 
 
-@stage("finetune", "iir_dist.train.finetune:FinetuneConfig")
+@stage("finetune", "iir_dist.train.finetune_config:FinetuneConfig")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--init", required=True, metavar="ENCODER", help="Encoder to start from.")
+@click.option("--test", "tests", multiple=True, metavar="IMAGES|GROUNDTRUTH", help="Test set that must not overlap; may be repeated.")
 @out
-def finetune(config: Any, images: tuple[str, ...], init: str, out: str, force: bool) -> None:
-    """Fine-tune an encoder on labelled images/ with the AP loss."""
+def finetune(config: Any, images: tuple[str, ...], init: str, tests: tuple[str, ...], out: str, force: bool) -> None:
+    """Fine-tune an encoder on labelled images/ with an AP loss, or another one."""
+    from iir_dist.mine import mine
     from iir_dist.train.finetune import run
 
-    _done(out, run(list(images), init, out, config, force=force), "images", "steps")
+    _done(out, run(list(images), init, out, config, mine=mine, tests=tests, force=force), "images", "steps")
 
 
 @stage("embed", "iir_dist.embed:EmbedConfig")
@@ -355,14 +357,19 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 
 @stage("report", "iir_dist.report:ReportConfig")
-@click.argument("metrics", nargs=-1, required=True, metavar="METRICS...")
-@click.option("--images", multiple=True, metavar="IMAGES", help="images/ to show thumbnails from; repeatable.")
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...")
+@click.option("--images", multiple=True, metavar="IMAGES", help="images/ to show photos from; repeatable.")
 @out
-def report(config: Any, metrics: tuple[str, ...], images: tuple[str, ...], out: str, force: bool) -> None:
-    """One self-contained HTML page about finished evaluations."""
+def report(config: Any, folders: tuple[str, ...], images: tuple[str, ...], out: str, force: bool) -> None:
+    """One self-contained HTML page about finished evaluations and distractor benchmarks.
+
+    DIR is what evaluate or bench distractors wrote. Evaluations are compared with the first one given; they have to be over
+    the same queries.
+    """
     from iir_dist.report import run
 
-    _done(out, run(list(metrics), list(images), out, config, force=force), "evaluations")
+    _done(out, run(list(folders), list(images), out, config, force=force), "evaluations", "benchmarks")
+    click.echo(f"report: {out.rstrip('/')}/index.html")
 
 
 @main.group()

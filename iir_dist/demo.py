@@ -96,7 +96,8 @@ def run(
     from iir_dist.models.encoder import EncoderConfig
     from iir_dist.models.encoder import run as make_encoder
     from iir_dist.train import finetune, pretrain
-    from iir_dist.train.loop import Optimization
+    from iir_dist.train.finetune_config import ClassBatches, FinetuneConfig
+    from iir_dist.train.optim import Optimization
 
     started = time.monotonic()
     root = Path(out).expanduser().absolute()
@@ -129,8 +130,9 @@ def run(
     for name, size, projection in (("contrastive", 128, 512), ("classifier", 192, 1280)):
         finetune.run(
             [at("images", "train")], at("encoders", name), at("encoders", f"{name}-ap"),
-            finetune.FinetuneConfig(
-                projection=projection, size=size, classes=19, per_class=4, chunk=4, steps=config.finetune_steps,
+            FinetuneConfig(
+                projection=projection, size=size, batches=ClassBatches(classes=19, per_class=4), chunk=4,
+                steps=config.finetune_steps,
                 workers=config.workers, checkpoint_every=10,
             ), force=force,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 View = Callable[[Image.Image, int], Tensor]
-"""(upright RGB image, seed) -> (3, size, size) float32 in [0, 1]."""
+"""(upright RGB image, seed) -> (3, size, size) uint8."""
 
 
 def seed_of(*parts: int) -> int:
@@ -22,7 +22,7 @@ def seed_of(*parts: int) -> int:
 def contrastive(size: int, min_scale: float = 0.2) -> View:
     """SimCLR's recipe: crop, flip, colour jitter, grey, blur (arXiv:2002.05709, appendix A; strengths of MoCo v2)."""
     kernel = max(3, size // 10 | 1)
-    return _seeded(
+    return _Seeded(
         v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BILINEAR, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
@@ -33,21 +33,22 @@ def contrastive(size: int, min_scale: float = 0.2) -> View:
 
 def mild(size: int, min_scale: float = 0.4) -> View:
     """For fine-tuning: colour jitter, crop and flip, as Revaud et al. (arXiv:1906.07589, section 4.1) describe."""
-    return _seeded(
+    return _Seeded(
         v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BILINEAR, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2, 0.0)], p=0.5),
     )
 
 
-def _seeded(crop: v2.Transform, *rest: v2.Transform) -> View:
-    # Cropping on the PIL image first keeps the colour operations on few pixels.
-    colours = v2.Compose([v2.ToImage(), *rest, v2.ToDtype(torch.float32, scale=True)])
+class _Seeded:
+    """Crop, then colours, from one seed. A class and not a closure, because loaders get it pickled."""
 
-    def view(image: Image.Image, seed: int) -> Tensor:
+    def __init__(self, crop: v2.Transform, *rest: v2.Transform) -> None:
+        # Cropping on the PIL image first keeps the colour operations on few pixels.
+        self.crop, self.colours = crop, v2.Compose([v2.ToImage(), *rest])
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
         # torchvision draws from torch's global generator, so it is borrowed for the length of the call.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return colours(crop(image)).as_subclass(Tensor)  # type: ignore[no-any-return]
-
-    return view
+            return self.colours(self.crop(image)).as_subclass(Tensor)  # type: ignore[no-any-return]

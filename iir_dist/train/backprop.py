@@ -8,57 +8,74 @@ gradient as long as both passes see the same network and pixels: no dropout, bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from iir_dist.losses.pairwise import RowLoss, batch_average_precision, loss_and_gradient
+from iir_dist.losses.pairwise import batch_average_precision
 from iir_dist.train import collectives
+
+Loss = Callable[[Tensor, Tensor], tuple[float, Tensor]]
+"""(z (B, D), labels (B,)) of the global batch -> value, gradient (B, D); the same on every worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Loss and exact AP of the global batch."""
+    """Loss and exact AP of the global batch; `broken` are the positions in it whose embedding is not finite."""
 
     loss: float
     ap: float
+    broken: tuple[int, ...] = ()
 
 
-def three_stage(embed: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], labels: Tensor, loss: RowLoss) -> Outcome:
+def three_stage(
+    embed: Callable[[Tensor], Tensor],
+    chunks: Callable[[], Iterable[Tensor]],
+    labels: Tensor,
+    loss: Loss,
+    scale: float = 1.0,
+) -> Outcome:
     """Add the gradient of the global loss to the parameters behind `embed`; sum it over workers afterwards.
 
     Args:
-        embed: chunk (n, ...) -> unit vectors (n, D), the same on both calls.
-        chunks: this worker's share of the batch; at least one chunk.
+        embed: chunk (n, ...) -> unit vectors (n, D), the same on both calls: precision (autocast) included.
+        chunks: gives this worker's share of the batch, chunk by chunk; called twice, with the same result.
         labels: (B_local,) int64, in the order of the chunks.
-        loss: see `iir_dist.losses.pairwise`.
+        loss: of the gathered batch.
+        scale: of the gradient, against underflow in float16 (`torch.amp.GradScaler`); loss and outcome are not scaled.
     """
     with torch.no_grad():
-        local = torch.cat([_full(embed(chunk)) for chunk in chunks])
+        local = torch.cat([_full(embed(chunk)) for chunk in chunks()])
     outcome, gradient = _gathered(local, labels, loss)
+    if outcome.broken:
+        return outcome
     start = 0
-    for chunk in chunks:
+    for chunk in chunks():
         z = embed(chunk)
-        z.backward(gradient[start : start + len(z)].to(z.dtype))
+        z.backward(scale * gradient[start : start + len(z)].to(z.dtype))
         start += len(z)
     return outcome
 
 
-def one_pass(z: Tensor, labels: Tensor, loss: RowLoss) -> Outcome:
+def one_pass(z: Tensor, labels: Tensor, loss: Loss, scale: float = 1.0) -> Outcome:
     """The same for embeddings whose graph is kept: what batch norm in training mode asks for. z: (B_local, D)."""
     outcome, gradient = _gathered(_full(z), labels, loss)
-    z.backward(gradient.to(z.dtype))
+    if not outcome.broken:
+        z.backward(scale * gradient.to(z.dtype))
     return outcome
 
 
-def _gathered(local: Tensor, labels: Tensor, loss: RowLoss) -> tuple[Outcome, Tensor]:
+def _gathered(local: Tensor, labels: Tensor, loss: Loss) -> tuple[Outcome, Tensor]:
     z, start = collectives.gather(local)
     all_labels, _ = collectives.gather(labels)
-    value, gradient = loss_and_gradient(loss, z, all_labels)
-    outcome = Outcome(value, batch_average_precision(z, all_labels))
-    return outcome, gradient[start : start + len(local)]
+    finite = torch.isfinite(z).all(dim=1)
+    if not finite.all():
+        broken = tuple((~finite).nonzero().flatten().tolist())
+        return Outcome(float("nan"), float("nan"), broken), torch.full_like(local, float("nan"))
+    value, gradient = loss(z, all_labels)
+    return Outcome(value, batch_average_precision(z, all_labels)), gradient[start : start + len(local)]
 
 
 def _full(z: Tensor) -> Tensor:

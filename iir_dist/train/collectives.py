@@ -63,13 +63,17 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_buffers(module: nn.Module) -> None:
-    """Replace each floating-point buffer (running means and variances) by its mean over the workers."""
+    """Replace the running means and variances of layers in training mode by their mean over the workers.
+
+    Frozen ones are equal everywhere and stay bit for bit what they are.
+    """
     if world_size() == 1:
         return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(world_size())
+    for layer in module.modules():
+        for buffer in layer.buffers(recurse=False) if layer.training else ():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(world_size())
 
 
 def barrier() -> None:

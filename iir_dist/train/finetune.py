@@ -2,100 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
-
-from iir_dist import artifact
+from iir_dist import artifact, overlap
 from iir_dist.artifact import Manifest
-from iir_dist.config import StageConfig
-from iir_dist.data.augment import mild, seed_of
 from iir_dist.data.cache import Photos
-from iir_dist.data.sampling import ClassSampler
 from iir_dist.errors import ConfigError
-from iir_dist.losses.average_precision import QuantizedAP
-from iir_dist.models.encoder import Encoder, centre, load, project
-from iir_dist.storage import open_folder
-from iir_dist.train import collectives, launch, stage
-from iir_dist.train.backprop import Outcome, three_stage
-from iir_dist.train.loop import CHECKPOINT, Optimization, Run, train
-
-
-class FinetuneConfig(StageConfig):
-    """`[finetune]`. Defaults follow Revaud et al. (arXiv:1906.07589) where the paper states a value."""
-
-    projection: int | None = Field(2048, ge=2)
-    """Output dimension of the FC behind the pooling; none where null."""
-    size: int = Field(800, ge=32)
-    """px of the square training images."""
-    min_scale: float = Field(0.4, gt=0, le=1)
-    """Smallest part of a photo that a training crop covers."""
-    classes: int = Field(64, ge=2)
-    """Classes in a batch."""
-    per_class: int = Field(64, ge=2)
-    """Images of each class in a batch; classes x per_class is the global batch (the paper's is 4,096)."""
-    chunk: int = Field(16, ge=1)
-    """Images in one forward pass; memory depends on this alone."""
-    bins: int = Field(20, ge=2)
-    bin_range: tuple[float, float] = (-1.0, 1.0)
-    """Of the similarities; 20 bins on [-1, 1] in the paper, 25 on [0, 1] in its released code."""
-    steps: int = Field(200, ge=1)
-    optim: Optimization = Optimization(optimizer="adam", lr=1e-4, weight_decay=5e-5, schedule="linear")
-    checkpoint_every: int = Field(20, ge=1)
-    seed: int = 0
-    workers: int | None = Field(None, ge=1)
-    execution: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "workers"})
-
-    @model_validator(mode="after")
-    def _range(self) -> FinetuneConfig:
-        if not self.bin_range[0] < self.bin_range[1]:
-            raise ValueError(f"bin_range must rise, got {self.bin_range}")
-        return self
-
-
-class FinetuneTask:
-    """One step: P classes x K photos over all workers, batch norm frozen, so that both passes see one network."""
-
-    def __init__(self, photos: Photos, encoder: Encoder, config: FinetuneConfig) -> None:
-        self.photos, self.config = photos, config
-        self.device = stage.device()
-        # Evaluation mode throughout: no dropout, batch norm by its running statistics.
-        self.model: nn.Module = encoder.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.encoder = encoder
-        self.sampler = ClassSampler.of(photos.labels, config.classes, config.per_class, config.seed)
-        classes = {label: number for number, label in enumerate(sorted({x for x in photos.labels if x is not None}))}
-        self.labels = [classes.get(label or "", -1) for label in photos.labels]
-        self.view = mild(config.size, config.min_scale)
-        self.loss = QuantizedAP(config.bins, *config.bin_range)
-
-    def sample(self, size: int = 512) -> Tensor:
-        """(n, D) vectors before the projection of training images spread over all; the same on every worker."""
-        rng = np.random.default_rng(self.config.seed)
-        chosen = rng.permutation(len(self.photos))[:size]
-        start, stop = collectives.share_of(len(chosen), collectives.rank(), collectives.world_size())
-        seed, parts = self.config.seed, []
-        for n in chosen[start:stop]:
-            x = stage.views(self.photos, [n], self.view, lambda number, _: seed_of(seed, number))
-            with torch.no_grad():
-                parts.append(self.encoder.pooled(x.to(self.device)))
-        return collectives.gather(torch.cat(parts))[0].cpu()
-
-    def images_per_step(self) -> int:
-        return self.sampler.num_classes * self.sampler.per_class
-
-    def step(self, step: int) -> Outcome:
-        batch = self.sampler.batch(step)
-        start, stop = collectives.share_of(len(batch), collectives.rank(), collectives.world_size())
-        own = batch[start:stop]
-        seed = self.config.seed
-        # Pixels of both passes are made once and kept: 3 bytes a pixel and image, little beside a graph.
-        x = stage.views(self.photos, own, self.view, lambda number, _: seed_of(seed, step, number))
-        chunks = [part.to(self.device) for part in x.split(self.config.chunk)]
-        labels = torch.tensor([self.labels[n] for n in own], device=self.device)
-        return three_stage(self.encoder.describe, chunks, labels, self.loss)
+from iir_dist.models.encoder import Encoder, EncoderConfig, centre, info_of, load, project, save
+from iir_dist.storage import Folder, open_folder
+from iir_dist.train import checkpoints, launch, stage
+from iir_dist.train.finetune_config import FinetuneConfig, MinedBatches
+from iir_dist.train.finetune_task import FinetuneTask
+from iir_dist.train.loop import Run, train
+from iir_dist.train.mining import Miner
 
 
 def _start(init: str, config: FinetuneConfig) -> Encoder:
@@ -107,19 +27,38 @@ def body(arguments: dict[str, Any], on_step: Any) -> None:
     """What each worker runs."""
     config = FinetuneConfig.model_validate(arguments["config"])
     photos = Photos([artifact.require(uri, "ingest") for uri in arguments["images"]])
-    task = FinetuneTask(photos, _start(arguments["init"], config), config)
+    task = FinetuneTask(photos, _start(arguments["init"], config), config, arguments["tuples"])
     folder = open_folder(arguments["out"])
-    if config.projection is not None and not folder.exists(CHECKPOINT):
+    if config.projection is not None and checkpoints.latest(folder) == 0:
         centre(task.encoder, task.sample())
-    train(task, Run(config.steps, config.optim, config.checkpoint_every, config.seed), folder, on_step)
+    validation = config.validation
+    run = Run(
+        config.steps, config.optim, config.checkpoint_every, config.seed, stop=arguments["stop"],
+        validate_every=validation.every if validation.classes else None, patience=validation.patience,
+        keep=config.keep, precision=config.precision, tensorboard=config.tensorboard,
+    )  # fmt: skip
+    train(task, run, folder, on_step)
 
 
-def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force: bool = False) -> Manifest:
+def run(
+    images: list[str],
+    init: str,
+    out: str,
+    config: FinetuneConfig,
+    *,
+    mine: Miner | None = None,
+    tests: Sequence[str] = (),
+    force: bool = False,
+) -> Manifest:
     """Fine-tune an encoder on labelled images.
+
+    Args:
+        mine: what makes the tuples of mined batches (`iir_dist.mine.mine`).
+        tests: test sets (images artifacts or ground truth) that the training images must not overlap.
 
     Raises:
         ConfigError: the encoder is whitened already.
-        InputError: the images have too few classes.
+        InputError: the images have too few classes, or overlap a test set.
     """
     sources = [artifact.require(uri, "ingest") for uri in images]
     init_folder, init_manifest = artifact.require(init, *artifact.ENCODERS)
@@ -134,14 +73,55 @@ def run(images: list[str], init: str, out: str, config: FinetuneConfig, *, force
     with artifact.begin(out, "finetune", config, refs, force=force) as work:
         if work.finished:
             return work.finished
+        shared = overlap.check(images, list(tests), allow=config.allow_overlap)
         arguments = {
             "config": config.model_dump(mode="json"), "images": [f.uri for f, _ in sources], "init": init_folder.uri,
-            "out": work.folder.uri,
+            "out": work.folder.uri, "stop": config.steps, "tuples": None,
         }  # fmt: skip
-        launch.launch(body, arguments, what="finetune", steps=config.steps, workers=config.workers)
+        if isinstance(config.batches, MinedBatches):
+            assert mine is not None
+            _rounds(work, arguments, config, config.batches, mine)
+        else:
+            _launch(work, arguments, config)
         encoder = _start(init, config)
-        encoder.load_state_dict(stage.last_weights(work))
+        stage.load_weights(encoder, checkpoints.final_weights(work.folder))
         encoder.spec = encoder.spec.model_copy(update={"weights": f"ap:{encoder.spec.weights}"})
-        return stage.publish(
-            work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps}
-        )
+        counts = {
+            "images": sum(m.counts["rows"] for _, m in sources), "steps": checkpoints.latest(work.folder),
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+        }  # fmt: skip
+        return stage.publish(work, encoder, counts, {"overlap": shared})
+
+
+def _launch(work: artifact.Work, arguments: dict[str, Any], config: FinetuneConfig) -> None:
+    done = checkpoints.latest(work.folder)
+    launch.launch(body, arguments, what="finetune", steps=config.steps, workers=config.workers, done=done)
+
+
+def _rounds(
+    work: artifact.Work, arguments: dict[str, Any], config: FinetuneConfig, batches: MinedBatches, mine: Miner
+) -> None:
+    """Mine and train in turn. A round starts from the checkpoint that the one before ended with."""
+    for number, start in enumerate(range(0, config.steps, batches.every)):
+        stop = min(start + batches.every, config.steps)
+        done = checkpoints.latest(work.folder)
+        if done >= stop:
+            continue
+        if done < start:  # out of patience
+            break
+        home = work.folder.child(f"{artifact.WORK}mining-{number:04d}")
+        encoder = arguments["init"] if number == 0 else _encoder_of_round(home, arguments, config, start)
+        tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining)
+        arguments |= {"tuples": (tuples, start), "stop": stop}
+        _launch(work, arguments, config)
+
+
+def _encoder_of_round(home: Folder, arguments: dict[str, Any], config: FinetuneConfig, step: int) -> str:
+    """An encoder artifact with the weights after `step` steps, below the round's folder."""
+    folder = home.child("encoder")
+    with artifact.begin(folder.uri, "encoder", EncoderConfig(), {}, force=False) as work:
+        if not work.finished:
+            encoder = _start(arguments["init"], config)
+            stage.load_weights(encoder, checkpoints.weights(open_folder(arguments["out"]), step))
+            work.publish({}, save(encoder, work.folder), info_of(encoder))
+    return folder.uri

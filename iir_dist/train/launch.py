@@ -36,29 +36,39 @@ class _Board:
         return self.step, self.note, self.error
 
 
-def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, workers: int | None) -> None:
-    """Run `body` on `workers` workers (all GPUs, else one, where None) and return when it is done.
+Workers = int | tuple[int, int] | None
+"""Number of workers; (fewest, most): as many as there is room for, and another number when that changes; None: all GPUs,
+else one."""
 
-    A worker that dies is replaced, together with the others, up to three times; the loop continues from its
-    checkpoint. An `IirError` (a loss that is not finite, say) is raised here at once.
+
+def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, workers: Workers, done: int = 0) -> None:
+    """Run `body` on workers and return when it is done.
+
+    A worker that dies is replaced, together with the others, up to three times, and any number of times where its
+    machine was taken away (preemption); the loop continues from its checkpoint. An `IirError` (a loss that is not
+    finite, say) is raised here at once.
+
+    Args:
+        steps, done: for the progress that is shown: of the training, and of an earlier run.
     """
     ray = session.connect()
     from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = session.cluster_gpus()
-    workers = workers or gpus or 1
     cpus = session.cluster_cpus()
-    if workers > (gpus or cpus):
+    fewest, most = workers if isinstance(workers, tuple) else (workers or gpus or 1,) * 2
+    if fewest > (gpus or cpus):
         raise IirError(
-            f"{what}.workers = {workers}, but the cluster has {cpus} CPUs and {gpus} GPUs; ask for at most {gpus or cpus}"
+            f"{what}.workers = {fewest}, but the cluster has {cpus} CPUs and {gpus} GPUs; ask for at most {gpus or cpus}"
         )
+    threads = max(1, cpus // min(most, cpus))  # of a worker without a GPU
     board = ray.remote(num_cpus=0)(_Board).remote()
 
     def worker(config: dict[str, Any]) -> None:
         import torch
 
-        torch.set_num_threads(max(1, cpus // workers) if not gpus else 1)
+        torch.set_num_threads(threads if not gpus else 1)
         context = ray_train.get_context()
 
         def on_step(step: int, note: str) -> None:
@@ -77,9 +87,9 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
             train_loop_config=arguments,
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ray_train.ScalingConfig(
-                num_workers=workers,
+                num_workers=fewest if fewest == most else (fewest, most),
                 use_gpu=gpus > 0,
-                resources_per_worker={"GPU": 1} if gpus else {"CPU": max(1, cpus // workers)},
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": threads},
             ),
             run_config=ray_train.RunConfig(
                 name=what,
@@ -88,10 +98,10 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
                 logging_config=ray_train.LoggingConfig(log_level="ERROR"),
             ),
         )
-        _fit(trainer, board, what, steps, ray)
+        _fit(trainer, board, what, steps, done, ray)
 
 
-def _fit(trainer: Any, board: Any, what: str, steps: int, ray: Any) -> None:
+def _fit(trainer: Any, board: Any, what: str, steps: int, done: int, ray: Any) -> None:
     failure: list[Exception] = []
 
     def fit() -> None:
@@ -101,8 +111,8 @@ def _fit(trainer: Any, board: Any, what: str, steps: int, ray: Any) -> None:
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="iir-fit", daemon=True)
-    seen = 0
-    with Progress(what, steps, "steps") as progress:
+    seen = done
+    with Progress(what, steps, "steps", done) as progress:
         thread.start()
         while thread.is_alive():
             thread.join(timeout=0.5)

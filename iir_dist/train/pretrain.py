@@ -7,6 +7,8 @@ workers; running statistics are averaged over workers at each checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +21,16 @@ from iir_dist.artifact import Manifest
 from iir_dist.config import StageConfig
 from iir_dist.data.augment import contrastive, seed_of
 from iir_dist.data.cache import Photos
-from iir_dist.data.sampling import epoch_batch
+from iir_dist.data.sampling import I64, epoch_batch
 from iir_dist.losses.contrastive import NTXent
+from iir_dist.losses.pairwise import loss_and_gradient
 from iir_dist.models.encoder import Encoder, EncoderConfig, create
 from iir_dist.storage import open_folder
-from iir_dist.train import collectives, launch, stage
+from iir_dist.train import checkpoints, collectives, launch, stage
 from iir_dist.train.backprop import Outcome, one_pass
-from iir_dist.train.loop import Optimization, Run, train
+from iir_dist.train.loop import Run, train
+from iir_dist.train.optim import Optimization
+from iir_dist.train.views import Key, Stream, to_device
 
 
 class PretrainConfig(StageConfig):
@@ -47,7 +52,9 @@ class PretrainConfig(StageConfig):
     checkpoint_every: int = Field(100, ge=1)
     seed: int = 0
     workers: int | None = Field(None, ge=1)
-    execution: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+    loaders: int = Field(0, ge=0)
+    """Processes a worker that decode and augment ahead; 0: done between the steps, best where the CPU also trains."""
+    execution: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "loaders"})
 
 
 class SimCLR(nn.Module):
@@ -74,21 +81,39 @@ class PretrainTask:
         self.device = stage.device()
         model = SimCLR(create(config.encoder), config.head_dim, config.seed).train()
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.view = contrastive(config.crop, config.min_scale)
+        self.stream = Stream(
+            photos, contrastive(config.crop, config.min_scale), self._plan, config.steps, config.loaders
+        )
         self.loss = NTXent(config.temperature)
+        self.state = None
 
     def images_per_step(self) -> int:
         return self.config.batch
 
-    def step(self, step: int) -> Outcome:
-        batch = epoch_batch(len(self.photos), self.config.batch, step, self.config.seed)
-        start, stop = collectives.share_of(len(batch), collectives.rank(), collectives.world_size())
-        seed = self.config.seed
-        x = stage.views(
-            self.photos, batch[start:stop], self.view, lambda number, view: seed_of(seed, step, number, view), count=2
-        )
+    def names(self, step: int, positions: Sequence[int]) -> list[str]:
+        batch = self._batch(step)
+        return [self.photos[int(n)].name for n in batch[[p % len(batch) for p in positions]]] if positions else []
+
+    def validate(self) -> None:
+        return None
+
+    def step(self, step: int, scale: float) -> Outcome:
+        start, stop = self._share(step)
+        x = to_device(next(self.stream.chunks(step)), self.device)
         labels = torch.arange(start, stop, device=self.device).repeat(2)
-        return one_pass(self.model(x.to(self.device)), labels, self.loss)
+        return one_pass(self.model(x), labels, partial(loss_and_gradient, self.loss), scale)
+
+    def _batch(self, step: int) -> I64:
+        return epoch_batch(len(self.photos), self.config.batch, step, self.config.seed)
+
+    def _share(self, step: int) -> tuple[int, int]:
+        return collectives.share_of(len(self._batch(step)), collectives.rank(), collectives.world_size())
+
+    def _plan(self, step: int) -> list[list[Key]]:
+        """One chunk: view 0 of this worker's photos, then view 1."""
+        start, stop = self._share(step)
+        own, seed = self._batch(step)[start:stop].tolist(), self.config.seed
+        return [[Key(n, seed_of(seed, step, n, view)) for view in range(2) for n in own]]
 
 
 def body(arguments: dict[str, Any], on_step: Any) -> None:
@@ -110,9 +135,8 @@ def run(images: list[str], out: str, config: PretrainConfig, *, force: bool = Fa
             "config": config.model_dump(mode="json"), "images": [f.uri for f, _ in sources], "out": work.folder.uri
         }  # fmt: skip
         launch.launch(body, arguments, what="pretrain", steps=config.steps, workers=config.workers)
-        model = SimCLR(create(config.encoder), config.head_dim, config.seed)
-        model.load_state_dict(stage.last_weights(work))
-        encoder = model.encoder.eval()
+        encoder = create(config.encoder)
+        stage.load_weights(encoder, checkpoints.final_weights(work.folder))
         encoder.spec = encoder.spec.model_copy(update={"weights": f"simclr:{config.encoder.weights}"})
         return stage.publish(
             work, encoder, {"images": sum(m.counts["rows"] for _, m in sources), "steps": config.steps}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iir_dist.losses.average_precision import QuantizedAP
-from iir_dist.losses.pairwise import masks
+from iir_dist.losses.pairwise import loss_and_gradient, masks
 from iir_dist.train.backprop import three_stage
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -84,6 +85,6 @@ def test_memory_holds_one_chunk_of_graph() -> None:
         return z
 
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    three_stage(embed, list(x.split(8)), torch.arange(64) % 5, QuantizedAP())
+    three_stage(embed, lambda: x.split(8), torch.arange(64) % 5, partial(loss_and_gradient, QuantizedAP()))
     assert graph_sizes == [8] * 8
     assert weight.grad is not None

@@ -15,7 +15,9 @@ from iir_dist.errors import ConfigError, IirError, InputError, TrainingError
 from iir_dist.models.encoder import EncoderConfig
 from iir_dist.models.encoder import run as make_encoder
 from iir_dist.train import finetune, launch, pretrain
-from iir_dist.train.loop import LOG
+from iir_dist.train.checkpoints import LOG
+from iir_dist.train.finetune_config import FinetuneConfig
+from iir_dist.train.finetune_task import FinetuneTask
 
 pytestmark = pytest.mark.ray
 
@@ -68,7 +70,7 @@ PRETRAIN: dict[str, Any] = {
     "optim": {"optimizer": "adam", "lr": 1e-3}, "checkpoint_every": 2,
 }  # fmt: skip
 FINETUNE: dict[str, Any] = {
-    "projection": 16, "size": 48, "classes": 3, "per_class": 3, "chunk": 2, "steps": 4, "checkpoint_every": 2,
+    "projection": 16, "size": 48, "batches": {"classes": 3, "per_class": 3}, "chunk": 2, "steps": 4, "checkpoint_every": 2,
 }  # fmt: skip
 
 
@@ -95,7 +97,13 @@ def test_pretraining_on_two_workers(images: Path, tmp_path: Path) -> None:
     manifest = pretrain.run(sources, str(tmp_path / "e"), config)
     assert manifest.counts == {"images": 24 + 30, "steps": 4}
     assert len(losses(tmp_path / "e")) == 4
-    assert set(manifest.files) == {"weights.safetensors", "encoder.json", "training.jsonl", "checkpoints/last.pt"}
+    assert set(manifest.files) == {
+        "weights.safetensors",
+        "encoder.json",
+        "training.jsonl",
+        "checkpoints/00000002.pt",
+        "checkpoints/00000004.pt",
+    }
     start = tmp_path / "start"
     make_encoder(str(start), EncoderConfig.model_validate(PRETRAIN["encoder"]))
     before, after = weights(start), weights(tmp_path / "e")
@@ -109,7 +117,7 @@ def test_finetuning_on_two_workers_equals_one(
     images: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batch norm is frozen and the loss sees the global batch, so the split over workers only rounds differently."""
-    config = finetune.FinetuneConfig.model_validate({**FINETUNE, "workers": 2})
+    config = FinetuneConfig.model_validate({**FINETUNE, "workers": 2})
     finetune.run([str(images / "train")], str(encoder), str(tmp_path / "two"), config)
     in_process(monkeypatch)
     finetune.run([str(images / "train")], str(encoder), str(tmp_path / "one"), config)
@@ -133,17 +141,17 @@ def test_a_run_that_was_cut_off_equals_a_whole_one(
         if kind == "pretrain":
             pretrain.run([str(images / "unlabelled")], str(out), pretrain.PretrainConfig.model_validate(PRETRAIN))
         else:
-            config = finetune.FinetuneConfig.model_validate(FINETUNE)
+            config = FinetuneConfig.model_validate(FINETUNE)
             finetune.run([str(images / "train")], str(encoder), str(out), config)
 
     run(tmp_path / "whole")
-    task = pretrain.PretrainTask if kind == "pretrain" else finetune.FinetuneTask
+    task = pretrain.PretrainTask if kind == "pretrain" else FinetuneTask
     step = task.step
 
-    def cut_off(self: Any, number: int) -> Any:
+    def cut_off(self: Any, number: int, scale: float) -> Any:
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self, number, scale)
 
     with monkeypatch.context() as patch:
         patch.setattr(task, "step", cut_off)
@@ -165,7 +173,7 @@ def test_what_cannot_be_trained_on(
     from iir_dist import whiten
 
     in_process(monkeypatch)
-    config = finetune.FinetuneConfig.model_validate(FINETUNE)
+    config = FinetuneConfig.model_validate(FINETUNE)
     with pytest.raises(InputError, match="0 classes have two or more images"):
         finetune.run([str(images / "unlabelled")], str(encoder), str(tmp_path / "a"), config)
     with pytest.raises(InputError, match=r"a batch of 500 needs at least as many images; there are 24"):

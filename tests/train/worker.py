@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from iir_dist.losses.average_precision import QuantizedAP
 from iir_dist.losses.contrastive import NTXent
+from iir_dist.losses.pairwise import loss_and_gradient
 from iir_dist.train import collectives
 from iir_dist.train.backprop import one_pass, three_stage
 
@@ -30,13 +32,15 @@ def gradients(loss: str, mode: str) -> dict[str, Tensor]:
     start, stop = collectives.share_of(SIZE, collectives.rank(), collectives.world_size())
     kind = QuantizedAP(20) if loss == "ap" else NTXent(0.3)
 
+    objective = partial(loss_and_gradient, kind)
+
     def embed(chunk: Tensor) -> Tensor:
         return F.normalize(net(chunk), dim=1)
 
     if mode == "three_stage":
-        outcome = three_stage(embed, list(x[start:stop].split(CHUNK)), labels[start:stop], kind)
+        outcome = three_stage(embed, lambda: x[start:stop].split(CHUNK), labels[start:stop], objective)
     else:
-        outcome = one_pass(embed(x[start:stop]), labels[start:stop], kind)
+        outcome = one_pass(embed(x[start:stop]), labels[start:stop], objective)
     collectives.sum_gradients(net.parameters())
     found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     return {**found, "loss": torch.tensor(outcome.loss, dtype=torch.float64)}

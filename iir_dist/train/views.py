@@ -1,0 +1,114 @@
+"""Views of photos for training: decoded and augmented ahead by other processes, the same whoever makes them.
+
+A view is a function of (photo, seed) and nothing else, so the two passes of three-stage backpropagation, a resumed run,
+and any number of workers and loaders see the same pixels. Pixels travel as bytes; they become floats on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from iir_dist.data.augment import View
+from iir_dist.data.cache import Photos
+from iir_dist.data.images import decode
+from iir_dist.errors import ImageError, TrainingError
+
+
+def decoded(photos: Photos, number: int) -> Image.Image:
+    """A photo, upright RGB. Raises `TrainingError`."""
+    photo = photos[number]
+    try:
+        return decode(photo.data)
+    except ImageError as error:  # it decoded at ingest, so the stored bytes or the machine changed
+        raise TrainingError(f"photo {photo.name!r} cannot be decoded: {error}; run iir verify on the images") from None
+
+
+class Key(NamedTuple):
+    """One view of one photo."""
+
+    number: int
+    seed: int
+
+
+class _Views(Dataset[Tensor | str]):
+    """Key -> (3, S, S) uint8, or what is wrong as a string: an exception would arrive wrapped in a traceback."""
+
+    def __init__(self, photos: Photos, view: View) -> None:
+        self.photos, self.view = photos, view
+
+    def __getitem__(self, key: Key) -> Tensor | str:
+        try:
+            return self.view(decoded(self.photos, key.number), key.seed)
+        except TrainingError as error:
+            return str(error)
+
+
+def _collate(parts: list[Tensor | str]) -> Tensor | str:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.stack(tensors) if len(tensors) == len(parts) else next(p for p in parts if isinstance(p, str))
+
+
+class Stream:
+    """The chunks of views of one step after another.
+
+    Args:
+        plan: step -> its chunks, each a list of keys; called ahead.
+        stop: the first step that is not planned.
+        loaders: processes that decode; with 0 it is done here, when a chunk is asked for.
+    """
+
+    def __init__(
+        self, photos: Photos, view: View, plan: Callable[[int], Sequence[Sequence[Key]]], stop: int, loaders: int
+    ) -> None:
+        self._dataset, self._plan, self._stop, self._loaders = _Views(photos, view), plan, stop, loaders
+        self._chunks: Iterator[Tensor | str] = iter(())
+        self._step: int | None = None
+
+    def chunks(self, step: int) -> Iterator[Tensor]:
+        """Each chunk of a step: (n, 3, S, S) uint8. Steps are asked for in rising order, each to its end.
+
+        Raises:
+            TrainingError: a photo cannot be decoded.
+        """
+        if step != self._step:
+            self._start(step)
+        for _ in self._plan(step):
+            chunk = next(self._chunks)
+            if isinstance(chunk, str):
+                raise TrainingError(chunk)
+            yield chunk
+        self._step = step + 1
+
+    def _start(self, step: int) -> None:
+        keys = _Plan(self._plan, step, self._stop)
+        options = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if self._loaders else {}
+        self._chunks = iter(
+            DataLoader(
+                self._dataset, batch_sampler=keys, collate_fn=_collate, num_workers=self._loaders,  # type: ignore[arg-type]
+                pin_memory=torch.cuda.is_available(), **options,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+
+
+class _Plan:
+    """All chunks from one step on, made as they are asked for."""
+
+    def __init__(self, plan: Callable[[int], Sequence[Sequence[Key]]], start: int, stop: int) -> None:
+        self._plan, self._start, self._stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self._start, self._stop):
+            for chunk in self._plan(step):
+                yield list(chunk)
+
+
+def to_device(chunk: Tensor, device: torch.device) -> Tensor:
+    """(n, 3, H, W) uint8 -> float32 in [0, 1] on the device, channels last."""
+    x = chunk.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return x.float().div_(255)
