@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from iir_dist import artifact, embed, session
 from iir_dist.artifact import FileEntry, InputRef, Manifest, shard_name
 from iir_dist.config import StageConfig
 from iir_dist.data.embeddings import Embeddings, open_embeddings
+from iir_dist.data.stored import Stored
 from iir_dist.errors import InputError
 from iir_dist.index import build, search
 from iir_dist.index.plan import IndexConfig
@@ -160,35 +159,6 @@ def _round(
 
 
 # ------------------------------------------------------------------------------------------------ images of a round
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Names and labels of the images of several artifacts, numbered as `data.cache.Photos` does: without the queries.
-
-    `shards` are (folder, shard, its entry, first number, rows of the shard that are numbered (n,)).
-    """
-
-    names: list[str]
-    labels: list[str | None]
-    shards: list[tuple[Folder, str, FileEntry, int, I64]]
-
-    @classmethod
-    def read(cls, sources: Sequence[tuple[Folder, Manifest]]) -> Stored:
-        """Read these columns alone; no image is."""
-        names: list[str] = []
-        labels: list[str | None] = []
-        shards = []
-        for folder, manifest in sources:
-            for shard in manifest.shards():
-                with folder.open(shard) as file:
-                    table = pq.read_table(file, columns=["name", "label", "split"])
-                rows = np.flatnonzero(pc.fill_null(pc.not_equal(table["split"], "query"), False).to_numpy())
-                shards.append((folder, shard, manifest.files[shard], len(names), rows))
-                table = table.take(pa.array(rows))
-                names += table["name"].to_pylist()
-                labels += table["label"].to_pylist()
-        return cls(names, labels, shards)
 
 
 def _write_pool(out: str, images: InputRef, stored: Stored, searched: I64, config: _Round) -> None:

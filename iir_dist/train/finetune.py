@@ -8,6 +8,7 @@ from typing import Any
 from iir_dist import artifact, overlap
 from iir_dist.artifact import Manifest
 from iir_dist.data.cache import Photos
+from iir_dist.data.stored import Stored
 from iir_dist.errors import ConfigError
 from iir_dist.models.encoder import Encoder, EncoderConfig, centre, info_of, load, project, save
 from iir_dist.storage import Folder, open_folder
@@ -16,6 +17,7 @@ from iir_dist.train.finetune_config import FinetuneConfig, MinedBatches
 from iir_dist.train.finetune_task import FinetuneTask
 from iir_dist.train.loop import Run, train
 from iir_dist.train.mining import Miner
+from iir_dist.train.validate import kept_aside
 
 
 def _start(init: str, config: FinetuneConfig) -> Encoder:
@@ -102,6 +104,8 @@ def _rounds(
     work: artifact.Work, arguments: dict[str, Any], config: FinetuneConfig, batches: MinedBatches, mine: Miner
 ) -> None:
     """Mine and train in turn. A round starts from the checkpoint that the one before ended with."""
+    stored = Stored.read([artifact.require(uri, "ingest") for uri in arguments["images"]])
+    aside = kept_aside(stored.labels, config.validation)
     for number, start in enumerate(range(0, config.steps, batches.every)):
         stop = min(start + batches.every, config.steps)
         done = checkpoints.latest(work.folder)
@@ -111,7 +115,7 @@ def _rounds(
             break
         home = work.folder.child(f"{artifact.WORK}mining-{number:04d}")
         encoder = arguments["init"] if number == 0 else _encoder_of_round(home, arguments, config, start)
-        tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining)
+        tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining, without=aside)
         arguments |= {"tuples": (tuples, start), "stop": stop}
         _launch(work, arguments, config)
 

@@ -165,7 +165,7 @@ class _Training:
         if value is None:
             return False
         line["val_map"] = value
-        better = value > self.best["map"]
+        better = bool(value > self.best["map"])
         if better:
             self.best = {"step": self.step, "map": value, "since": 0}
         else:
@@ -186,7 +186,7 @@ class _Training:
             self.task.model.load_state_dict(own)
 
     def _out_of_patience(self) -> bool:
-        return self.run.patience is not None and self.best["since"] >= self.run.patience
+        return self.run.patience is not None and bool(self.best["since"] >= self.run.patience)
 
     def _save(self, better: bool) -> None:
         """Worker 0 writes; running statistics are averaged first, so that no worker's are lost."""

@@ -7,7 +7,7 @@ and any number of workers and loaders see the same pixels. Pixels travel as byte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -87,11 +87,11 @@ class Stream:
 
     def _start(self, step: int) -> None:
         keys = _Plan(self._plan, step, self._stop)
-        options = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if self._loaders else {}
+        options: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if self._loaders else {}
         self._chunks = iter(
             DataLoader(
-                self._dataset, batch_sampler=keys, collate_fn=_collate, num_workers=self._loaders,  # type: ignore[arg-type]
-                pin_memory=torch.cuda.is_available(), **options,  # type: ignore[arg-type]
+                self._dataset, batch_sampler=keys, collate_fn=_collate, num_workers=self._loaders,
+                pin_memory=torch.cuda.is_available(), **options,
             )
         )  # fmt: skip
 

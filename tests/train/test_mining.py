@@ -20,6 +20,7 @@ from iir_dist import artifact, embed, ingest, mine
 from iir_dist.data.cache import Photos
 from iir_dist.data.embeddings import open_embeddings
 from iir_dist.data.sampling import TupleSampler
+from iir_dist.data.stored import Stored
 from iir_dist.errors import InputError, MismatchError
 from iir_dist.index import search
 from iir_dist.train.mining import MiningConfig, depth, draw, nearest_of_other_classes, random_positives
@@ -110,7 +111,7 @@ def sources(images: Path, world: Path, tmp_path_factory: pytest.TempPathFactory)
     """Two artifacts that share names, the second with queries, which training leaves out."""
     out = tmp_path_factory.mktemp("again") / "benchmark"
     labels = out.parent / "labels.csv"
-    table = mine.Stored.read([artifact.require(images / "benchmark", "ingest")])
+    table = Stored.read([artifact.require(images / "benchmark", "ingest")])
     lines = [f"{name},{name.rpartition('/')[2].rpartition('_')[0]}" for name in table.names]
     labels.write_text("\n".join(["name,label", *lines]))
     settings = ingest.IngestConfig(split="train", shard_mb=0.1)
@@ -122,7 +123,7 @@ def sources(images: Path, world: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.ray
 def test_numbers_are_those_of_the_photos(sources: list[str]) -> None:
     opened = [artifact.require(uri, "ingest") for uri in sources]
-    stored, photos = mine.Stored.read(opened), Photos(opened)
+    stored, photos = Stored.read(opened), Photos(opened)
     assert any(manifest.counts.get("queries") for _, manifest in opened)  # which have no number
     assert stored.names == [photos[n].name for n in range(len(photos))]
     assert stored.labels == photos.labels
