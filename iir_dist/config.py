@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -116,21 +116,33 @@ def build(model: type[Config], values: Mapping[str, Any], stage: str) -> Config:
 
 
 def _explain(model: type[BaseModel], stage: str, problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join([stage, *location])
+    keys, table = _walk(model, [str(part) for part in problem["loc"]])
+    key = ".".join([stage, *keys])
     if problem["type"] == "extra_forbidden":
-        return f"{key} is not a known key; known: {', '.join(_known(model, location[:-1]))}"
+        return f"{key} is not a known key; known: {', '.join(sorted(table.model_fields))}"
     if problem["type"] == "missing":
-        return f"{key} must be set, for example with --set {'.'.join(location)}=…"
+        return f"{key} must be set, for example with --set {'.'.join(keys)}=…"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key} = {problem['input']!r}: {message}"
 
 
-def _known(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
+def _walk(model: type[BaseModel], location: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """Keys of a location, without the names that chose one of several tables, and the innermost table."""
+    keys: list[str] = []
+    choices: dict[str, type[BaseModel]] = {}
+    for part in location:
+        if part in choices:
+            model, choices = choices[part], {}
+            continue
+        keys.append(part)
         field = model.model_fields.get(part)
-        inner = field.annotation if field is not None else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return sorted(model.model_fields)
+        choices = _tables(field.annotation) if field is not None else {}
+        if len(choices) == 1:
+            (model,), choices = choices.values(), {}
+    return keys, model
+
+
+def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Tables that a field may hold, by the name that chooses one."""
+    kinds = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+    return {str(t.model_fields["name"].default) if "name" in t.model_fields else "": t for t in kinds}

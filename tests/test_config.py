@@ -86,3 +86,16 @@ def test_every_stage_has_a_table() -> None:
 
     commands = {**main.commands, **bench.commands, **rerank.commands}
     assert {name for name, command in commands.items() if isinstance(command, Stage)} == set(config.STAGES)
+
+
+def test_a_table_of_several_kinds_is_explained_by_its_own_keys() -> None:
+    from iir_dist.train.finetune_config import FinetuneConfig
+
+    with pytest.raises(ConfigError, match=r"finetune\.loss\.num_bins is not a known key; known: name, temperature"):
+        config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth_ap", "loss.num_bins=3"])
+    with pytest.raises(ConfigError, match=r"finetune\.batches\.size is not a known key; known: classes, name, per_class"):
+        config.load(FinetuneConfig, "finetune", settings=["batches.size=8"])
+    with pytest.raises(ConfigError, match=r"finetune\.loss = .*'smooth'.*'smooth_ap'"):
+        config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth"])
+    chosen = config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth_ap", "loss.temperature=0.02", "batches.classes=8"])
+    assert (chosen.loss.name, chosen.loss.temperature, chosen.batches.classes) == ("smooth_ap", 0.02, 8)  # type: ignore[union-attr]

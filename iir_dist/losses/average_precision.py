@@ -88,6 +88,9 @@ class TieAwareAP(_Histogram):
     and, simplified,
 
         AP = sum_m c+_m (C+_{m-1} + C+_m + 1) / (C_{m-1} + C_m + 1) / N+
+
+    The logarithm stands for a harmonic sum; alone in its bin, a first positive counts log 2 and not 1, so that only the
+    simplified form reaches a loss of 0.
     """
 
     simplified: bool = False

@@ -61,7 +61,7 @@ class ArcFace(nn.Module):
             for part in rows.split(max(1, _CHUNK_BYTES // (len(self.weight) * z.element_size()))):
                 leaf, weight = z[part].requires_grad_(), self.weight.detach().to(z.dtype).requires_grad_()
                 logits = self.scale * self.cosines(leaf, weight, labels[part])
-                loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(rows)
+                loss = F.cross_entropy(logits, labels[part], reduction="sum") / max(1, len(rows))
                 gradient[part], d_part = torch.autograd.grad(loss, [leaf, weight])
                 d_weight += d_part
                 total += float(loss.detach())

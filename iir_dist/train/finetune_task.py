@@ -14,6 +14,7 @@ from iir_dist.data.augment import mild, seed_of
 from iir_dist.data.cache import Photos
 from iir_dist.data.sampling import BalancedSampler, ClassSampler, RandomSampler, Sampler, TupleSampler
 from iir_dist.errors import ConfigError
+from iir_dist.losses.classification import ArcFace
 from iir_dist.models.encoder import Encoder
 from iir_dist.train import collectives, stage
 from iir_dist.train.backprop import Outcome, three_stage
@@ -57,6 +58,8 @@ class FinetuneTask:
                 f"a batch of {self.sampler.batch_size} images for {collectives.world_size()} workers; expected one each"
             )
         self.loss = build(config.loss, len(classes), encoder.spec.dim, config.seed)
+        if isinstance(self.loss, ArcFace):  # all workers see the global batch, so one of them counts its own gradient
+            self.loss.contributes = collectives.rank() == 0
         # Evaluation mode throughout: no dropout, batch norm by its running statistics.
         model = Trained(encoder, self.loss).eval()
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

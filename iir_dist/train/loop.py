@@ -228,7 +228,7 @@ class _Training:
             return
         from tensorboardX import SummaryWriter
 
-        with SummaryWriter(self.run.tensorboard, purge_step=self.step) as writer:
+        with SummaryWriter(self.run.tensorboard, purge_step=self.step, filename_suffix=f".{self.step}") as writer:
 
             def write(line: dict[str, Any]) -> None:
                 for name, value in line.items():

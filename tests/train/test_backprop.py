@@ -35,7 +35,7 @@ def direct(loss_name: str) -> dict[str, Tensor]:
     worker = load_worker()
     net, x, labels = worker.problem()
     z = F.normalize(net(x), dim=1)
-    kind = worker.QuantizedAP(20) if loss_name == "ap" else worker.NTXent(0.3)
+    kind = worker.QuantizedAP(num_bins=20) if loss_name == "ap" else worker.NTXent(0.3)
     values, counted = kind(z @ z.T, *masks(labels, 0, len(z)))
     loss = (values * counted).sum() / counted.sum()
     loss.backward()

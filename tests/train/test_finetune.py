@@ -156,3 +156,14 @@ def test_validation_is_exact_map_of_what_embedding_would_give(photos: Photos, en
     found = HeldOut(photos, aside, Validation(classes=2), chunk=4).mean_average_precision(network, torch.device("cpu"))
     assert found == pytest.approx(batch_average_precision(z, labels), abs=1e-6)
     assert network.training
+
+
+def test_a_loss_that_learns_counts_its_gradient_once(photos: Photos, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iir_dist.train import collectives
+
+    one = gradient(task_of(photos, encoder, loss={"name": "arcface"}))
+    assert one["loss.weight"].abs().sum() > 0
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
+    other = task_of(photos, encoder, loss={"name": "arcface"})
+    monkeypatch.undo()
+    assert "loss.weight" not in gradient(other) or not gradient(other)["loss.weight"].any()

@@ -30,7 +30,7 @@ def gradients(loss: str, mode: str) -> dict[str, Tensor]:
     """Gradient of the global loss, summed over workers."""
     net, x, labels = problem()
     start, stop = collectives.share_of(SIZE, collectives.rank(), collectives.world_size())
-    kind = QuantizedAP(20) if loss == "ap" else NTXent(0.3)
+    kind = QuantizedAP(num_bins=20) if loss == "ap" else NTXent(0.3)
 
     objective = partial(loss_and_gradient, kind)
 
