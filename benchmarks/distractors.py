@@ -4,15 +4,23 @@
 
 wonders11 is the benchmark, distractors2k are the real distractors; what lies beyond are synthetic vectors, and said to be.
 EfficientNet-Lite0, 224 px, whitened to 512 dimensions by Lw learnt on train19. Every stage goes on where it was stopped.
+Memory is that of this process and all that it starts (PSS: shared pages count once), sampled every two seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import logging
 import sys
+import threading
 import time
+from typing import Any
+
+import psutil
+from chain import tree_pss
+
+MB = 2**20
 
 
 def main() -> None:
@@ -23,12 +31,36 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.data:
         sys.exit("the benchmark needs real photos: make bench-distractors DATA=DIR")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("iir_dist").setLevel(logging.INFO)
+    samples = [0]
+    threading.Thread(target=sample, args=(samples,), daemon=True).start()
+    start = time.perf_counter()
+    embedded(arguments.data, arguments.out)
+    prepared = time.perf_counter() - start
+    steps = [int(step) for step in arguments.steps.split(",")]
+    found = curve(arguments.out, steps)
+    seconds = time.perf_counter() - start
+    points(found["steps"])
+    indexes(found["steps"])
+    print("\n* with synthetic distractors")
+    print(f"all of it {seconds:.0f} s, of which {prepared:.0f} s until the photos were embedded and whitened")
+    print(f"peak memory of all processes together: {max(samples) / MB:,.0f} MB")
+    print(f"report: {arguments.out}/curve/report.html")
 
+
+def sample(samples: list[int]) -> None:
+    root = psutil.Process()
+    while True:
+        samples.append(tree_pss(root))
+        time.sleep(2)
+
+
+def embedded(data: str, out: str) -> None:
+    """Photos to whitened embeddings."""
     from iir_dist import embed, ingest, whiten
-    from iir_dist.bench import stage
     from iir_dist.models import encoder
 
-    data, out = arguments.data, arguments.out
     photos = {
         "bench": ("wonders11", "db"),
         "distractors": ("distractors2k", "distractor"),
@@ -47,41 +79,65 @@ def main() -> None:
     for name in ("bench", "distractors"):
         embed.run(f"{out}/plain/{name}", f"{out}/white", f"{out}/embeddings/{name}", embed.EmbedConfig())
 
-    start = time.perf_counter()
-    config = stage.BenchConfig.model_validate({"steps": [int(step) for step in arguments.steps.split(",")]})
-    folder = f"{out}/curve"
-    stage.run(f"{out}/embeddings/bench", f"{out}/images/bench", [f"{out}/embeddings/distractors"], folder, config)
-    seconds = time.perf_counter() - start
-    with open(f"{folder}/bench.json") as file:
-        found = json.load(file)
-    print(
-        "\n| distractors | search | recall@10 | mAP | loss, points (95 % interval) | ms a query |\n|---:|---|---:|---:|---:|---:|"
+
+def curve(out: str, steps: list[int]) -> dict[str, Any]:
+    """`bench.json` of the curve."""
+    from iir_dist.bench import stage
+
+    config = stage.BenchConfig.model_validate({"steps": steps})
+    stage.run(
+        f"{out}/embeddings/bench", f"{out}/images/bench", [f"{out}/embeddings/distractors"], f"{out}/curve", config
     )
-    for step in found["steps"]:
+    with open(f"{out}/curve/bench.json") as file:
+        found: dict[str, Any] = json.load(file)
+    return found
+
+
+def count(step: dict[str, Any]) -> str:
+    return f"{step['distractors']:,}{'*' if step['synthetic'] else ''}"
+
+
+def points(steps: list[dict[str, Any]]) -> None:
+    print(
+        "\n| distractors | search | nprobe | refine | recall@10 | mAP | loss, points (95 % interval) | ms a query | queries/s |"
+    )
+    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    for step in steps:
         for level, exact in step["exact"].items():
-            star = "*" if step["synthetic"] else ""
-            print(f"| {step['distractors']:,}{star} | exact | | {exact['mean']:.4f} | | |")
-            for point in step["points"]:
-                recall = point["recall@10"]
-                row(
-                    point["name"],
-                    "" if recall is None else f"{recall:.3f}",
-                    point["levels"][level],
-                    f"{point['latency_ms']['p50']:.2f}",
+            print(f"| {count(step)} | exact | | | | {said(exact, 1, 4)} | | | |")
+            for p in step["points"]:
+                recall = "" if p["recall@10"] is None else f"{p['recall@10']:.3f}"
+                name = p["name"] if p["reached"] else f"{p['name']}, not reached"
+                value = p["levels"][level]
+                print(
+                    f"| {count(step)} | {name} | {p['nprobe']} | {p['refine']} | {recall} | {value['mean']:.4f} "
+                    f"| {said(value['loss'], 100, 2)} | {p['latency_ms']['p50']:.2f} | {p['queries_per_sec']:,.0f} |"
                 )
-            for method in step["reranked"]:
-                row(f"default, then {method['name']}", "", method["levels"][level], f"+ {method['ms_per_query']:.1f}")
-    worker = max(step["index"]["memory_bytes"]["build"] for step in found["steps"])
-    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"\n* with synthetic distractors. The curve took {seconds:.0f} s")
-    print(f"peak memory: this process {own >> 20} MB, a worker {worker >> 20} MB")
-    print(f"report: {folder}/report.html")
+            for p in step["reranked"]:
+                value = p["levels"][level]
+                print(
+                    f"| {count(step)} | default, then {p['name']} | | | | {value['mean']:.4f} "
+                    f"| {said(value['loss'], 100, 2)} | + {p['ms_per_query']:.1f} | |"
+                )
 
 
-def row(name: str, recall: str, level: dict[str, dict[str, float]], ms: str) -> None:
-    loss = level["loss"]
-    interval = " to ".join(f"{100 * bound:.2f}" for bound in loss["interval"] or ())
-    print(f"| | {name} | {recall} | {level['mean']:.4f} | {100 * loss['mean']:.2f} ({interval}) | {ms} |")
+def said(value: dict[str, Any], factor: float, digits: int) -> str:
+    interval = " to ".join(f"{factor * bound:.{digits}f}" for bound in value["interval"] or ())
+    return f"{factor * value['mean']:.{digits}f} ({interval})"
+
+
+def indexes(steps: list[dict[str, Any]]) -> None:
+    print(
+        "\n| distractors | of them synthetic | factory | build, s | points, s | search, MB | on disk, MB | worker, MB | exact, s |"
+    )
+    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    for step in steps:
+        i = step["index"]
+        print(
+            f"| {count(step)} | {step['synthetic']:,} | {i['factory']} | {i['build_seconds']:.1f} | {i['measure_seconds']:.1f} "
+            f"| {i['memory_bytes']['search'] / MB:,.1f} | {i['bytes'] / MB:,.0f} | {i['memory_bytes']['build'] / MB:,.0f} "
+            f"| {step['seconds']['exact']:.1f} |"
+        )
 
 
 if __name__ == "__main__":

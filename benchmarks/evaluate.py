@@ -25,7 +25,7 @@ from iir_dist.artifact import InputRef
 from iir_dist.data import groundtruth
 from iir_dist.evaluate import EvaluateConfig, numbers_of, run, score
 from iir_dist.evaluate.rankings import open_rankings
-from iir_dist.index.search import SearchConfig, _Writer
+from iir_dist.index.search import RankingsWriter, SearchConfig
 
 LABELLED = {"easy": 43, "hard": 36, "junk": 47}
 BENCHMARK = 4_993
@@ -46,7 +46,7 @@ def make(root: Path, nq: int, n: int) -> None:
     table = pa.table({"id": np.arange(n), "name": names})
     nothing = InputRef(uri="nothing", fingerprint="0")
     with artifact.begin(root / "r", "search", SearchConfig(), {"database": nothing, "queries": nothing}) as work:
-        writer = _Writer(work.folder, queries, table)
+        writer = RankingsWriter(work.folder, queries, table)
         for number, start in enumerate(range(0, nq, GROUP)):
             group = slice(start, min(start + GROUP, nq))
             noise = rng.random((group.stop - start, n), dtype=np.float32)

@@ -67,10 +67,17 @@ def test_a_mixture_is_like_what_it_is_fitted_to() -> None:
     assert made.tobytes() == mixture.sample(1500, (7,)).tobytes()
     assert made.tobytes() != mixture.sample(1500, (8,)).tobytes()
     told = comparison(mixture, x, clustered(40, 2), seed=0)
-    near = told["to the nearest neighbour"]
-    assert near["real"][3] == pytest.approx(near["synthetic"][3], abs=0.01)
+    near = told["similarity"]["to the nearest neighbour"]
+    medians = [near[kind]["percentiles"][3] for kind in ("real", "synthetic")]
+    assert medians[0] == pytest.approx(medians[1], abs=0.01)
+    distances = np.sqrt(2 - 2 * nearest_similarity(x))
+    expected, _ = np.histogram(distances, near["distance_edges"])
+    np.testing.assert_allclose(near["real"]["share"], expected / len(x), atol=0.005)  # edges are rounded
+    for pair in told["similarity"].values():
+        for kind in ("real", "synthetic"):
+            assert sum(pair[kind]["share"]) == pytest.approx(1, abs=1e-3)
     # Without the factor it would not be.
-    assert abs(np.median(nearest_similarity(replace(mixture, scale=0.5).sample(1500, (7,)))) - near["real"][3]) > 0.05
+    assert abs(np.median(nearest_similarity(replace(mixture, scale=0.5).sample(1500, (7,)))) - medians[0]) > 0.05
 
 
 def test_too_few_real_vectors_are_refused() -> None:
@@ -159,7 +166,10 @@ def test_every_step_is_what_the_stages_give(benched: Path, images: Path, embeddi
 @pytest.mark.ray
 def test_an_index_that_loses_nothing_has_no_loss(benched: Path, images: Path, embeddings: Path, tmp_path: Path) -> None:
     for step in figures(benched)["steps"]:
-        assert [p["name"] for p in step["points"]] == ["default", "recall 0.9", "default, codes only"]
+        names = [p["name"] for p in step["points"]]
+        refined = [p for p in step["points"] if p["refine"]]
+        assert [n for n in names if not n.endswith(", codes only")] == ["default", "recall 0.9"]
+        assert [n for n in names if n.endswith(", codes only")] == [f"{p['name']}, codes only" for p in refined]
         for point in step["points"]:
             for level, values in point["levels"].items():
                 assert step["exact"][level]["mean"] - values["mean"] == pytest.approx(values["loss"]["mean"], abs=1e-9)
@@ -179,11 +189,11 @@ def test_synthetic_rows_are_said_to_be(benched: Path) -> None:
     splits = pq.read_table(folder.path / "shard-00000.parquet").column("split").to_pylist()  # type: ignore[attr-defined]
     assert splits == ["distractor"] * 220 + [SYNTHETIC] * 650
     page = (benched / "out" / "report.html").read_text()
-    assert "Steps marked * have synthetic distractors" in page
-    assert "<td>900*</td>" in page
-    assert "<td>30</td>" in page
+    assert "* with synthetic distractors" in page
+    assert '<th scope="row">900*</th>' in page
+    assert '<th scope="row">30</th>' in page
     assert "src=" not in page
-    assert page.count("<svg") == 3 * len(figures(benched)["steps"][0]["exact"])
+    assert page.count("<svg") == 1 + 5 * len(figures(benched)["steps"][0]["exact"])
 
 
 @pytest.mark.ray
@@ -192,8 +202,10 @@ def test_no_recall_is_told_of_a_setting_that_was_not_measured(images: Path, embe
     stage.run(str(embeddings / "benchmark"), str(images / "benchmark"), [], str(tmp_path / "o"), config)
     (step,) = json.loads((tmp_path / "o" / "bench.json").read_bytes())["steps"]
     assert (step["points"][0]["nprobe"], step["points"][0]["refine"]) == (3, 5)
-    assert step["points"][0]["recall@10"] is None
-    assert step["points"][1]["recall@10"] is not None
+    recalls = {p["name"]: p["recall@10"] for p in step["points"]}
+    assert recalls["default"] is None
+    assert recalls["recall 0.8"] is not None
+    assert all(recall is None for name, recall in recalls.items() if name.endswith(", codes only"))
 
 
 def test_a_custom_protocol_is_refused(tmp_path: Path) -> None:

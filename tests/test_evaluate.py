@@ -1,10 +1,9 @@
-"""Evaluation of rankings, ours and foreign, and the report about them."""
+"""Evaluation of rankings, ours and foreign."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from iir_dist import artifact, embed, evaluate, ingest, report, whiten
+from iir_dist import artifact, embed, evaluate, ingest, whiten
 from iir_dist.data import groundtruth
 from iir_dist.errors import CorruptError, GroundTruthError, InputError, MismatchError
 from iir_dist.evaluate import EvaluateConfig, numbers_of, read_rankings, score
@@ -394,69 +393,18 @@ def test_a_protocol_can_be_insisted_on(tmp_path: Path) -> None:
         )
 
 
-class Page(HTMLParser):
-    """Collects tags, and fails on what a self-contained page must not have."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        assert tag not in ("script", "link", "iframe"), tag
-        for name in ("src", "href"):
-            value = dict(attrs).get(name) or "data:"
-            assert value.startswith(("data:image/jpeg;base64,", "data:", "#")), value
-
-    def classes(self, tag: str) -> list[str]:
-        return [a["class"] or "" for t, a in self.tags if t == tag and "class" in a]
-
-
 @pytest.mark.ray
-def test_the_report_shows_right_and_wrong(images: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_the_protocol_knows_database_and_encoder(images: Path, embeddings: Path, tmp_path: Path) -> None:
     benchmark = str(embeddings / "benchmark")
     for name, database in (("alone", [benchmark]), ("more", [benchmark, str(embeddings / "distractors")])):
         search.run(database, [benchmark], str(tmp_path / "r" / name), SearchConfig())
         evaluate.run(
             str(tmp_path / "r" / name), str(images / "benchmark"), str(tmp_path / "m" / name), EvaluateConfig()
         )
-    metrics = [str(tmp_path / "m" / name) for name in ("alone", "more")]
-    photos = [str(images / "benchmark"), str(images / "distractors")]
-    config = report.ReportConfig(title="<b>Tests & more</b>", queries=3, depth=5)
-    report.run(metrics, photos, str(tmp_path / "report"), config)
-    assert [p.name for p in (tmp_path / "report").iterdir() if p.suffix == ".html"] == ["index.html"]
-    text = (tmp_path / "report" / "index.html").read_text()
-    page = Page(text)
-    assert "&lt;b&gt;Tests &amp; more&lt;/b&gt;" in text
-    assert "<b>Tests" not in text
-    assert page.classes("img").count("query") == 6  # three queries, two runs
-    top = [
-        row
-        for name in ("alone", "more")
-        for row in pq.read_table(tmp_path / "m" / name / "top.parquet").to_pylist()
-        if row["rank"] < 5 and f"<strong>{row['query']}</strong>" in text
-    ]
-    assert len(top) == 30
-    for verdict in ("right", "wrong", "ignored"):
-        assert page.classes("img").count(verdict) == sum(row["verdict"] == verdict for row in top)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # easy, medium, hard
-    for name in ("alone", "more"):
-        _, manifest = artifact.require(tmp_path / "m" / name, "evaluate")
-        for m in manifest.info["metrics"].values():
-            assert f"{m['map']:.3f}" in text
-        assert manifest.info["protocol"]["complete_lists"]
-        assert manifest.info["protocol"]["encoder"]["size"] == 64
-    more = artifact.require(tmp_path / "m" / "more", "evaluate")[1].info
-    assert more["protocol"]["database_rows"] == 32 + 16
-
-
-def test_a_report_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no evaluation given"):
-        report.run([], [], str(tmp_path), report.ReportConfig())
-    with pytest.raises(InputError, match="has 1 names for 2 evaluations"):
-        report.run(["a", "b"], [], str(tmp_path), report.ReportConfig(labels=("x",)))
+        protocol = artifact.require(tmp_path / "m" / name, "evaluate")[1].info["protocol"]
+        assert protocol["complete_lists"]
+        assert protocol["encoder"]["size"] == 64
+        assert protocol["database_rows"] == (32 + 16 if name == "more" else 32)
 
 
 # ------------------------------------------------------------------------------------------------ what whitening saw

@@ -27,6 +27,7 @@ MOST = 20_000
 """Real vectors that it is fitted to; more would cost time and say nothing new of a covariance."""
 BISECTIONS = 12
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+BINS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,12 @@ def nearest_similarity(x: F32, to: F32 | None = None) -> F32:
 
 
 def comparison(mixture: Mixture, x: F32, xq: F32, seed: int) -> dict[str, Any]:
-    """Percentiles of similarities, real against as many synthetic: to the nearest neighbour, and of a query to its nearest."""
+    """Nearest neighbours of real and of as many synthetic vectors, and of queries among them.
+
+    Returns:
+        `percentiles`, `vectors`, and in `similarity` for each kind of pair: `distance_edges`, and for `real` and `synthetic`
+        the similarities at the percentiles and the `share` of the vectors in each bin of Euclidean distance.
+    """
     x = x[:5000]
     made = mixture.sample(len(x), (seed, 2))
     pairs = {
@@ -105,11 +111,17 @@ def comparison(mixture: Mixture, x: F32, xq: F32, seed: int) -> dict[str, Any]:
     return {
         "percentiles": list(PERCENTILES),
         "vectors": len(x),
-        **{
-            name: {
-                "real": np.percentile(real, PERCENTILES).round(4).tolist(),
-                "synthetic": np.percentile(synthetic, PERCENTILES).round(4).tolist(),
-            }
-            for name, (real, synthetic) in pairs.items()
-        },
+        "similarity": {name: _compared(*pair) for name, pair in pairs.items()},
     }
+
+
+def _compared(real: F32, synthetic: F32) -> dict[str, Any]:
+    distances = [np.sqrt(np.maximum(0, 2 - 2 * s.astype(np.float64))) for s in (real, synthetic)]
+    edges = np.linspace(min(d.min() for d in distances), max(d.max() for d in distances) + 1e-9, BINS + 1)
+    found: dict[str, Any] = {"distance_edges": edges.round(5).tolist()}
+    for name, similarity, distance in zip(("real", "synthetic"), (real, synthetic), distances, strict=True):
+        share = np.histogram(distance, edges)[0] / len(distance)
+        found[name] = {
+            "percentiles": np.percentile(similarity, PERCENTILES).round(4).tolist(), "share": share.round(5).tolist()
+        }  # fmt: skip
+    return found

@@ -21,7 +21,6 @@ from pydantic import Field, field_validator
 from iir_dist import artifact, metrics
 from iir_dist.artifact import InputRef, Manifest
 from iir_dist.bench.mixture import comparison, fit
-from iir_dist.bench.pictures import render
 from iir_dist.bench.ranks import exact_ranks
 from iir_dist.bench.subsets import Distractors, SubsetConfig, write_subset
 from iir_dist.config import StageConfig, fingerprint
@@ -33,9 +32,10 @@ from iir_dist.errors import GroundTruthError, InputError
 from iir_dist.index import build
 from iir_dist.index.engine import Index, open_index
 from iir_dist.index.plan import IndexConfig
-from iir_dist.index.points import K, read_points
+from iir_dist.index.points import K, read_points, recall_of
 from iir_dist.index.search import open_queries
 from iir_dist.progress import Progress
+from iir_dist.report.distractors import CODES_ONLY, page
 from iir_dist.rerank.augmentation import Augmentation
 from iir_dist.rerank.diffusion import Diffusion
 from iir_dist.rerank.expansion import QueryExpansion
@@ -140,15 +140,15 @@ def run(
         steps = [json.loads(work.folder.read(file_name(n))) for n in range(len(config.steps))]
         protocol = {
             "name": truth.protocol, "queries": len(truth.queries), "list_depth": config.depth, "dimension": xq.shape[1],
-            "encoder": sources[0].manifest.info.get("encoder"), "real_distractors": real,
+            "encoder": sources[0].manifest.info.get("encoder"), "real_distractors": real, "timed_depth": TIMED_DEPTH,
             "operating_points": "chosen by recall@10 against exact search, for these queries and for rows of the database",
             "synthetic": None if nearest is None else "vectors of a mixture fitted to the real distractors",
         }  # fmt: skip
         found = {"protocol": protocol, "steps": steps, "nearest": nearest}
-        with work.folder.publish("bench.json") as data, work.folder.publish("report.html") as page:
+        with work.folder.publish("bench.json") as data, work.folder.publish("report.html") as html:
             data.path.write_text(json.dumps(found, indent=1))
-            page.path.write_text(render(found))
-        files = {"bench.json": artifact.entry_of(data), "report.html": artifact.entry_of(page)}
+            html.path.write_text(page(found))
+        files = {"bench.json": artifact.entry_of(data), "report.html": artifact.entry_of(html)}
         return work.publish({"steps": len(steps)}, files, shards=len(steps))
 
 
@@ -235,37 +235,53 @@ def _step(
     collection, _ = open_collection(list(folders))
     with open_index(index_uri) as index:
         labels = _labels(truth, index)
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         exact = _exact(collection, xq, labels)
-        exact_sec = time.perf_counter() - start
+        times.append(time.perf_counter())
         points = [_point(index, xq, labels, exact, config, setting) for setting in _settings(index, config)]
+        times.append(time.perf_counter())
         reranked = _reranked(index, xq, labels, exact, config)
+        times.append(time.perf_counter())
     info = manifest.info
     return {
         "rows": index.num_rows,
         "exact": {level: _summary(ap, config.seed) for level, ap in exact.items()},
-        "exact_seconds": round(exact_sec, 2),
         "points": points,
         "reranked": reranked,
         "index": {
-            "factory": info["factory"], "build_seconds": info["seconds_of"]["build"], "memory_bytes": info["memory_bytes"],
+            "factory": info["factory"], "build_seconds": info["seconds_of"]["build"],
+            "measure_seconds": info["seconds_of"]["measure"], "memory_bytes": info["memory_bytes"],
             "bytes": sum(entry.size for entry in manifest.files.values()),
         },
+        "seconds": dict(zip(("exact", "points", "rerank"), np.diff(times).round(2).tolist(), strict=True)),
+        "peak_bytes": build.peak_bytes(),
     }  # fmt: skip
 
 
-def _settings(index: Index, config: BenchConfig) -> Iterator[tuple[str, int, int, float]]:
-    """Names, nprobe, refine and recall@10: the index's own, those for the recalls, and without refinement."""
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of search: its recall@10, None where it was not measured, and whether it reaches what it is named after."""
+
+    name: str
+    nprobe: int
+    refine: int
+    recall: float | None
+    reached: bool = True
+
+
+def _settings(index: Index, config: BenchConfig) -> Iterator[Setting]:
+    """The index's own, those for the recalls, and all of them without refinement."""
     found = read_points(index.folder, index.manifest)
-    default = found.reaching(config.index.recall)
-    info = index.manifest.info
-    own = (info["nprobe"], info["refine"])
-    yield "default", *own, default.worst if own == (default.nprobe, default.refine) else float("nan")
+    own = (index.manifest.info["nprobe"], index.manifest.info["refine"])
+    known = recall_of(index.folder, index.manifest, *own)
+    settings = [Setting("default", *own, min(known.values(), default=None))]
     for recall in config.recalls:
         point = found.reaching(recall)
-        yield f"recall {recall:g}", point.nprobe, point.refine, point.worst
-    if info["refine"]:
-        yield "default, codes only", info["nprobe"], 0, float("nan")
+        settings.append(Setting(f"recall {recall:g}", point.nprobe, point.refine, point.worst, point.worst >= recall))
+    for setting in settings:
+        yield setting
+        if setting.refine:
+            yield Setting(setting.name + CODES_ONLY, setting.nprobe, 0, None)
 
 
 def _exact(collection: Collection, xq: F32, labels: Labels) -> dict[str, metrics.Floats]:
@@ -292,10 +308,12 @@ def _point(
     labels: Labels,
     exact: Mapping[str, metrics.Floats],
     config: BenchConfig,
-    setting: tuple[str, int, int, float],
+    setting: Setting,
 ) -> dict[str, Any]:
-    name, nprobe, refine, recall = setting
+    nprobe, refine = setting.nprobe, setting.refine
+    start = time.perf_counter()
     rows = index.search(xq, min(config.depth, index.num_rows), nprobe, refine)[1]
+    long_list_ms = 1e3 * (time.perf_counter() - start) / len(xq)
     times = []
     for one in (xq[i % len(xq)] for i in range(TIMED)):
         start = time.perf_counter()
@@ -307,9 +325,9 @@ def _point(
     rate = len(batch) / (time.perf_counter() - start)
     p50, p95, p99 = np.percentile(times, (50, 95, 99)).round(3).tolist()
     return {
-        "name": name, "nprobe": nprobe, "refine": refine, f"recall@{K}": None if np.isnan(recall) else recall,
+        "name": setting.name, "nprobe": nprobe, "refine": refine, f"recall@{K}": setting.recall, "reached": setting.reached,
         "levels": _levels(rows, labels, exact, config), "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
-        "queries_per_sec": round(rate, 1),
+        "queries_per_sec": round(rate, 1), "long_list_ms": round(long_list_ms, 2),
     }  # fmt: skip
 
 

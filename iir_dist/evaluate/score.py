@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from iir_dist import metrics
 from iir_dist.data import groundtruth
@@ -133,9 +134,48 @@ def micro_ap(scored: Sequence[Scored], scores: Mapping[str, Scores], k: int) -> 
     num_positive = sum(s.score.num_positive for s in scored)
     if not num_positive or not scores:
         return None
-    values, right = [], []
-    for s in scored:
+    values, right, _ = _pairs(scored, scores, k)
+    return metrics.micro_average_precision(values, right, num_positive)
+
+
+def micro_ap_interval(
+    scored: Sequence[Scored],
+    scores: Mapping[str, Scores],
+    k: int,
+    *,
+    seed: int = 0,
+    draws: int = 1_000,
+    level: float = 0.95,
+) -> tuple[float, float] | None:
+    """Percentile interval of micro AP over queries that are drawn with replacement, each with all its pairs.
+
+    A draw counts a pair as often as its query was drawn. None where `micro_ap` is, and of fewer than two queries.
+    """
+    positives = np.array([s.score.num_positive for s in scored])
+    if len(scored) < 2 or not positives.any() or not scores:
+        return None
+    values, right, query = _pairs(scored, scores, k)
+    order = np.argsort(-values, kind="stable")
+    values, right, query = values[order], right[order], query[order]
+    last = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)  # of pairs of equal score
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        times = np.bincount(rng.integers(0, len(scored), len(scored)), minlength=len(scored))
+        if num_positive := int(times @ positives):
+            counts = times[query]
+            found, seen = np.cumsum(counts * right)[last], np.cumsum(counts)[last]
+            drawn.append(float((np.diff(found, prepend=0) * found / np.maximum(seen, 1)).sum() / num_positive))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _pairs(scored: Sequence[Scored], scores: Mapping[str, Scores], k: int) -> tuple[Scores, npt.NDArray[np.bool_], I64]:
+    """Score, verdict and number of the query of all pairs among the first k that are not ignored."""
+    values, right, query = [], [], []
+    for number, s in enumerate(scored):
         kept = np.setdiff1d(np.arange(min(len(s.ranked), k + len(s.ignored_at))), s.ignored_at)[:k]
         values.append(scores[s.list_of][kept])
         right.append(np.isin(kept, s.positive_at))
-    return metrics.micro_average_precision(np.concatenate(values), np.concatenate(right), num_positive)
+        query.append(np.full(len(kept), number))
+    return np.concatenate(values), np.concatenate(right), np.concatenate(query)

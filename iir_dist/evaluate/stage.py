@@ -22,7 +22,7 @@ from iir_dist.evaluate.config import EvaluateConfig
 from iir_dist.evaluate.lineage import EVALUATED_SET, images_at, whitening_set
 from iir_dist.evaluate.protocol import describe
 from iir_dist.evaluate.rankings import Rankings, open_rankings
-from iir_dist.evaluate.score import Scored, micro_ap, numbers_of, score
+from iir_dist.evaluate.score import Scored, micro_ap, micro_ap_interval, numbers_of, score
 
 TOP = 20
 """Images of each list that are kept with their verdict, for reports."""
@@ -76,7 +76,10 @@ def run(rankings_uri: str, truth_uri: str, out: str, config: EvaluateConfig, *, 
             "top.parquet": top_file,
         }  # fmt: skip
         files = {name: artifact.entry_of(file) for name, file in published.items()}
-        return work.publish({"queries": len(truth.queries)}, files, {k: result[k] for k in ("protocol", "metrics")})
+        info: dict[str, Any] = {"protocol": protocol, "metrics": result["metrics"]}
+        if manifest is not None and manifest.stage == "rerank":
+            info["reranked_from"] = manifest.inputs["rankings"].fingerprint
+        return work.publish({"queries": len(truth.queries)}, files, info)
 
 
 def _summary(
@@ -86,10 +89,19 @@ def _summary(
     protocol: Mapping[str, Any],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
-    """Figures of one level, and beside them what is not as published."""
+    """Figures of one level, their 95 % intervals over queries, and beside them what is not as published."""
     found = metrics.summarize([s.score for s in scored], seed=config.seed)
-    if truth.protocol == "custom" and found["num_queries"]:
+    if not found["num_queries"]:
+        return {**found, "differs_in": [d["choice"] for d in protocol["differences"]]}
+    counted = [s.score.figures for s in scored if s.score.num_positive]
+    intervals: dict[str, tuple[float, float] | None] = {}
+    for name in counted[0]:
+        low, high = metrics.bootstrap_interval(np.array([figures[name] for figures in counted]), seed=config.seed)
+        intervals[f"m{name}" if name.startswith("p@") else name] = None if np.isnan(low) else (low, high)
+    if truth.protocol == "custom":
         found["micro_ap"] = micro_ap(scored, rankings.scores, config.k)
+        intervals["micro_ap"] = micro_ap_interval(scored, rankings.scores, config.k, seed=config.seed)
+    found["intervals"] = intervals
     return {**found, "differs_in": [d["choice"] for d in protocol["differences"]]}
 
 

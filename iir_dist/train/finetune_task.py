@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -121,25 +122,14 @@ class FinetuneTask:
         return batch[start:stop]
 
     def _passes(self, step: int, count: int) -> Callable[[], Iterable[Tensor]]:
-        """The chunks of a step, as often as they are asked for: kept in memory, or decoded again where they are many."""
+        """The chunks of a step, once for each pass: kept in memory, or decoded again where they are many."""
         stream = self.stream.chunks(step)
-        kept: list[Tensor] | None = None if self._twice(count) else []
-        half = -(-count // self.config.chunk)
-
-        def once() -> Iterable[Tensor]:
-            nonlocal kept
-            if kept is None:
-                for _ in range(half):
-                    yield to_device(next(stream), self.device)
-            elif kept:
-                for chunk in kept:
-                    yield to_device(chunk, self.device)
-            else:
-                for chunk in stream:
-                    kept.append(chunk)
-                    yield to_device(chunk, self.device)
-
-        return once
+        move = functools.partial(to_device, device=self.device)
+        if self._twice(count):
+            half = -(-count // self.config.chunk)
+            return lambda: map(move, itertools.islice(stream, half))
+        kept = list(stream)
+        return lambda: map(move, kept)
 
     def _plan(self, step: int) -> list[list[Key]]:
         seed = self.config.seed

@@ -78,12 +78,14 @@ class Stream:
         """
         if step != self._step:
             self._start(step)
-        for _ in self._plan(step):
+        count = len(self._plan(step))
+        for i in range(count):
             chunk = next(self._chunks)
             if isinstance(chunk, str):
                 raise TrainingError(chunk)
+            if i == count - 1:  # nobody needs to ask for more than there is
+                self._step = step + 1
             yield chunk
-        self._step = step + 1
 
     def _start(self, step: int) -> None:
         keys = _Plan(self._plan, step, self._stop)

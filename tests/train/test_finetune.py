@@ -54,6 +54,9 @@ def test_pixels_are_the_same_decoded_twice_or_kept_here_or_by_loaders(photos: Ph
     twice = task_of(photos, encoder, pixels_gb=0.0)
     assert len(twice._plan(0)) == 2 * len(kept._plan(0)) == 6
     assert all(equal(gradient(twice, step), expected[step]) for step in range(2))
+    started = twice.stream._chunks
+    gradient(twice, 2)
+    assert twice.stream._chunks is started  # loaders go on from step to step
     elsewhere = task_of(photos, encoder, loaders=1)
     assert equal(gradient(elsewhere, 1), expected[1])  # begun in the middle, as a resumed run does
     assert not equal(expected[0], expected[1])
@@ -67,10 +70,8 @@ def test_the_gradient_is_that_of_one_graph(photos: Photos, encoder: Path) -> Non
     x = torch.cat([chunk.double() / 255 for chunk in task_of(photos, encoder).stream.chunks(0)])
     labels = torch.from_numpy(task.labels[batch])
     task._embed = task.encoder.describe  # type: ignore[method-assign]
-    passes = task._passes
     task._passes = lambda step, count: lambda: x.split(4)  # type: ignore[method-assign]
     found = gradient(task, 0)
-    del passes
     task.model.zero_grad(set_to_none=True)
     z = task.encoder.describe(x)
     same = (labels[:, None] == labels) & ~torch.eye(len(z), dtype=torch.bool)
@@ -158,7 +159,9 @@ def test_validation_is_exact_map_of_what_embedding_would_give(photos: Photos, en
     assert network.training
 
 
-def test_a_loss_that_learns_counts_its_gradient_once(photos: Photos, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_learns_counts_its_gradient_once(
+    photos: Photos, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from iir_dist.train import collectives
 
     one = gradient(task_of(photos, encoder, loss={"name": "arcface"}))
