@@ -4,7 +4,7 @@ build      seconds against plain faiss in one process: the same factory, and the
 search     queries/s of the same codes against one faiss index, in this process and over two actors; at recall@10 0.95
            against autofaiss given as much memory (where --autofaiss names a Python that has it), HNSW and exact search;
            recall reached against its target
-growth     cost from 10^4 to 10^6 vectors
+growth     cost from 10^4 to 10^6 vectors as measured, and what the plan computes up to 10^9
 
 build and search work on 1,000,000 x 256, and with --small on 200,000 x 512, vectors: a mixture of clusters in 32 dimensions
 and noise in all. Queries are noisier than the database; those that settings were chosen by are not those that recall is
@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -164,7 +165,9 @@ def autofaiss(root: str, memory: str, out: str) -> dict[str, Any]:
         max_index_query_time_ms=10, metric_type="ip", nb_cores=os.cpu_count(), save_on_disk=True, verbose=40,
     )  # fmt: skip
     known = {key: value for key, value in infos.items() if isinstance(value, (str, int, float))}
-    return {"seconds": time.perf_counter() - start, **known, "memory": peak()}
+    made = {"seconds": time.perf_counter() - start, **known, "memory": peak()}
+    Path(f"{out}.made").write_text(json.dumps(made))
+    return made
 
 
 def peak() -> int:
@@ -176,10 +179,11 @@ PROCESSES: dict[str, Callable[..., Any]] = {"plain": plain, "ours": ours, "autof
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def build_part(root: Path, n: int, dim: int, _: argparse.Namespace) -> None:
+def build_part(root: Path, n: int, dim: int) -> None:
     print(
         f"\nBuild, {n:,} x {dim}\n\n| run | factory | seconds | training | ratio | memory, MB |\n|---|---|---:|---:|---:|---:|"
     )
+    shutil.rmtree(root / "index", ignore_errors=True)
     mine = child("ours", root, root / "index")
     theirs = child("plain", root, mine["factory"], 65_536, root / "plain.faiss")
     everyone = child("plain", root, EVERYONE[dim], 65_536, "-")
@@ -247,7 +251,8 @@ def search_part(root: Path, n: int, dim: int, arguments: argparse.Namespace) -> 
 
     if not (root / "index" / "manifest.json").exists():
         child("ours", root, root / "index")
-    child("ours", root, root / "index-2", "shards=2")
+    if not (root / "index-2" / "manifest.json").exists():
+        child("ours", root, root / "index-2", "shards=2")
     threads = os.cpu_count() or 1
     xq = np.concatenate(list(read(root / "test")))
     export(str(root / "index"), str(root / "merged.faiss"))
@@ -305,9 +310,11 @@ def search_part(root: Path, n: int, dim: int, arguments: argparse.Namespace) -> 
         f"iir, {info['factory']}", f"nprobe {point.nprobe}, refine {point.refine}",
         lambda x: mine.search(x, K, point.nprobe, point.refine), memory, sum(info["seconds_of"].values()),
     )  # fmt: skip
-    if arguments.autofaiss:
-        out = root / "autofaiss.faiss"
-        made = child("autofaiss", root, f"{memory // 10**6 + 1}MB", out, python=arguments.autofaiss)
+    out = root / "autofaiss.faiss"
+    if arguments.autofaiss and not out.exists():
+        child("autofaiss", root, f"{memory // 10**6 + 1}MB", out, python=arguments.autofaiss)
+    if out.exists():
+        made = json.loads(Path(f"{out}.made").read_text())
         theirs: Any = faiss.read_index(str(out))
         row(
             f"autofaiss, {made.get('index_key', '')}",
@@ -342,6 +349,7 @@ def _searcher(index: Any) -> Callable[[Matrix], Any]:
 
 
 def growth(scratch: Path) -> None:
+    from iir_dist.index.plan import IndexConfig, plan
     from iir_dist.index.points import OperatingPoints
 
     print(
@@ -359,6 +367,16 @@ def growth(scratch: Path) -> None:
             f"{point.refine} | {point.worst:.3f} | {point.latency_ms.p50:.2f} | {made['memory_bytes']['search'] / n:.0f} | "
             f"{made['memory_bytes']['build'] / 2**20:.0f} |", flush=True,
         )  # fmt: skip
+    print(
+        "\nPlanned\n\n| vectors | factory | shards | trained on | search, GB | B a vector | float16, GB | worker, GB | ms |"
+    )
+    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    for n in (10**6, 10**7, 10**8, 10**9):
+        todo = plan(n, 256, IndexConfig(recall=TARGET), ROWS_PER_FILE)
+        print(
+            f"| {n:,} | {todo.factory} | {len(todo.ranges)} | {todo.train_size:,} | {todo.search_bytes / 2**30:.2f} | "
+            f"{todo.search_bytes / n:.1f} | {n * 512 / 2**30:.1f} | {todo.build_bytes / 2**30:.1f} | {todo.latency_ms:.2f} |"
+        )
 
 
 def main() -> None:
@@ -372,16 +390,17 @@ def main() -> None:
     parser.add_argument(
         "parts", nargs="*", choices=[[], "build", "search", "growth"], help="build and search where none is named"
     )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep data and indexes there, and use what is there")
     arguments = parser.parse_args()
     parts = arguments.parts or ["build", "search"]
     n, dim = (200_000, 512) if arguments.small else (1_000_000, 256)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        if {*parts} & {"build", "search"}:
+    with contextlib.ExitStack() as stack:
+        root = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if {*parts} - {"growth"} and not (root / "test").exists():
             make(root, n, dim)
         if "build" in parts:
-            build_part(root, n, dim, arguments)
+            build_part(root, n, dim)
         if "search" in parts:
             search_part(root, n, dim, arguments)
         if "growth" in parts:

@@ -14,6 +14,7 @@ from typing import Any
 
 from iir_dist.errors import BusyError, NotFoundError
 from iir_dist.storage import Folder, LocalFolder, S3Folder
+from iir_dist.storage.local import local_errors
 
 LEASE = "_work/lease.json"
 LEASE_SECONDS = 60.0
@@ -51,13 +52,14 @@ def _busy(folder: Folder, owner: Mapping[str, Any]) -> BusyError:
 
 @contextlib.contextmanager
 def _local_lock(folder: LocalFolder) -> Iterator[None]:
-    """A kernel lock on `.lock`: it goes with the process, however that ends."""
+    """A kernel lock on `.lock`: it goes with the process, however that ends. Raises `StorageError` on a full disk."""
     import fcntl
 
     path = folder.path / ".lock"
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with local_errors(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -69,8 +71,9 @@ def _local_lock(folder: LocalFolder) -> Iterator[None]:
                 break
         os.close(descriptor)  # its last owner removed the file between our open and our lock
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, json.dumps(_owner()).encode())
+        with local_errors(str(path)):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_owner()).encode())
         yield
     finally:
         path.unlink(missing_ok=True)

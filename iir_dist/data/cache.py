@@ -1,8 +1,8 @@
-"""Random row access to images: a node's own copy of their shards as uncompressed Arrow IPC, memory-mapped.
+"""A node's own copies of what lies in a store, memory-mapped; above all of images, for random access to their rows.
 
 Parquet is read from front to back; training reads rows in any order. Each shard is converted once, a row group at a
-time, to a file named by the shard's SHA-256, so a copy can never belong to other data. The bytes of a row are a view
-of the map; the first copy is the decoder's.
+time, to uncompressed Arrow IPC in a file named by the shard's SHA-256, so a copy can never belong to other data. The
+bytes of a row are a view of the map; the first copy is the decoder's. Files of an index are copied as they are.
 
 The cache lies in `IIR_CACHE` and holds `IIR_CACHE_GB` at most: what was opened least recently makes room. Kernel
 locks, which go with their process however it ends, keep the processes of a node apart:
@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from iir_dist.storage.local import local_errors
 
 SCHEMA = pa.schema([("name", pa.string()), ("label", pa.string()), ("split", pa.string()), ("bytes", pa.binary())])
 GB = 2**30
-_COPY = re.compile(r"[0-9a-f]{64}\.arrow")
+_COPY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]+")
 """Other files in the folder are not ours to evict."""
 
 
@@ -52,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def allowed_bytes(cache: Path) -> float:
-    """What the cache may hold: `$IIR_CACHE_GB` times 2**30, else half of the disk's free space at the time of a fill.
+    """What all copies may take: `$IIR_CACHE_GB` times 2**30, else half of the disk's free space at the time of a fill.
 
     What the cache holds already counts as free here; else its bound would shrink as it fills.
     """
@@ -68,21 +68,28 @@ def allowed_bytes(cache: Path) -> float:
     return number * GB
 
 
+@contextlib.contextmanager
+def filling(cache: Path) -> Iterator[None]:
+    """Hold the cache's lock: one process of a node fills and evicts at a time, the others wait."""
+    with open(cache / ".lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in cache.glob(".*.tmp"):  # we hold the lock, so whoever wrote it was killed
+            left.unlink()
+        yield
+
+
 def fill(folder: Folder, shard: str, entry: FileEntry, path: Path, allowed: float) -> list[Any]:
     """Copy one shard to `path` and open the copy; where another process is doing so, wait for it."""
-    with open(path.with_name(".lock"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in path.parent.glob(".*.arrow*.tmp"):  # we hold the lock, so whoever wrote it was killed
-            left.unlink()
+    with filling(path.parent):
         batches = _open(path)
         if batches is not None:  # made by another process while we waited
             return batches
-        _make_room(path.parent, entry.size, allowed)
+        make_room(path.parent, entry.size, allowed)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with artifact.verified(folder, shard, entry) as source:
                 _convert(source, temporary)
-            _make_room(path.parent, temporary.stat().st_size, allowed)  # the copy may be larger than the shard
+            make_room(path.parent, temporary.stat().st_size, allowed)  # the copy may be larger than the shard
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -106,8 +113,12 @@ def _copies(cache: Path) -> list[tuple[int, int, Path]]:
     return sorted((stat.st_mtime_ns, stat.st_size, path) for stat, path in found)
 
 
-def _make_room(cache: Path, size: int, allowed: float) -> None:
-    """Evict until `size` more bytes fit; the caller holds the cache's lock."""
+def make_room(cache: Path, size: int, allowed: float) -> None:
+    """Evict until `size` more bytes fit; the caller holds the cache's lock (`filling`).
+
+    Raises:
+        StorageError: what is in use leaves too little.
+    """
     copies = _copies(cache)
     used = sum(length for _, length, _ in copies)
     for _, length, path in copies:

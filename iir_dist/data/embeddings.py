@@ -6,6 +6,7 @@ no manifest is accepted, checked while it is read, and said to be unverified.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Embeddings:
         """One shard, in memory. Vectors are checked to be finite and of unit norm.
 
         Raises:
-            CorruptError: they are not, or (with a manifest) the file is not the one that was written.
+            CorruptError: they are not, the file is damaged, or (with a manifest) not the one that was written.
         """
         table = self._table(shard, ("id", "name", "split", "embedding") if vectors else ("id", "name", "split"))
         x = np.require(self._checked(table, shard), requirements="W") if vectors else None
@@ -105,8 +106,10 @@ class Embeddings:
         if "embedding" in columns and self.manifest is not None:
             artifact.check_file(self.folder, shard, self.manifest.files[shard])
         with self.folder.open(shard) as file:
-            parquet = _parquet(file, self.folder.address(shard))
-            return parquet.read(columns=[c for c in columns if c in parquet.schema_arrow.names])
+            where = self.folder.address(shard)
+            parquet = _parquet(file, where)
+            with _decoding(where):
+                return parquet.read(columns=[c for c in columns if c in parquet.schema_arrow.names])
 
     def _checked(self, table: pa.Table, shard: str) -> F32:
         where = self.folder.address(shard)
@@ -184,17 +187,27 @@ def _dimension(folder: Folder, shard: str) -> int:
         kind = fields.field("embedding").type
         if pa.types.is_fixed_size_list(kind):
             return int(kind.list_size)
-        first = next(parquet.iter_batches(batch_size=1, columns=["embedding"]), None)
+        with _decoding(where):
+            first = next(parquet.iter_batches(batch_size=1, columns=["embedding"]), None)
         if first is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             raise InputError(f"{where}: `embedding` is {kind}; expected a list of floats, at least one row")
         return len(first.column(0)[0])
 
 
 def _parquet(file: Any, where: str) -> pq.ParquetFile:
-    try:
+    with _decoding(where):
         return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise CorruptError(f"{where} is not a Parquet file ({error}); write it again") from error
+
+
+@contextlib.contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; Arrow's own have no number
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise CorruptError(f"{where} is not a Parquet file, or damaged ({reason}); write it again") from error
 
 
 def _matrix(column: pa.ChunkedArray, dim: int, where: str) -> F32:

@@ -22,8 +22,7 @@ from iir_dist.data.collection import Collection, check_same_space, open_collecti
 from iir_dist.data.embeddings import open_embeddings
 from iir_dist.errors import IirError
 from iir_dist.index import points
-from iir_dist.index.engine import Index, opened
-from iir_dist.index.fanout import Actors
+from iir_dist.index.fanout import opened_on, searching_actors
 from iir_dist.index.plan import ADD_ROWS, MB, IndexConfig, IndexPlan, plan
 from iir_dist.index.shard import NAMES_FILE, TEMPLATE, VECTORS, VECTORS_SUFFIX, write_faiss
 from iir_dist.index.train import assigning_on_gpus, train
@@ -174,19 +173,13 @@ def _train(folder: Folder, collection: Collection, todo: IndexPlan, seed: int, t
     artifact.commit(folder, "template", {TEMPLATE: artifact.entry_of(file)}, info={"peak_bytes": peak_bytes()})
 
 
-def open_here(folder: Folder, manifest: Manifest) -> Index:
-    """Open an index as search would: by an actor a node where there are several."""
-    nodes = session.num_nodes()
-    return Index(folder, manifest, Actors(folder, manifest, nodes)) if nodes > 1 else opened(folder, manifest)
-
-
 def _points(
     work: artifact.Work, draft: dict[str, Any], sources: Sequence[Any], config: IndexConfig
 ) -> points.OperatingPoints:
     """Measure once, or take what the run that is being continued has measured."""
     if work.step("points") is None:
         others: F32 = points.other_queries(sources, sources[0].dim, config.seed)
-        with open_here(work.folder, work.draft(**draft)) as index:
+        with opened_on(work.folder, work.draft(**draft), searching_actors()) as index:
             found = points.measure(index, others, config.seed)
         artifact.commit(work.folder, "points", points.write_points(work.folder, found))
     return points.read_points(work.folder, work.draft(**draft))

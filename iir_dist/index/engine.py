@@ -29,20 +29,23 @@ from iir_dist.errors import (
     NotFoundError,
     StorageError,
 )
+from iir_dist.index.merge import Lists, gather
 from iir_dist.index.rows import read_names, read_tombstones
-from iir_dist.index.shard import TEMPLATE, Bits, Coarse, Shard, ShardInfo, shards_of, thread_pool
+from iir_dist.index.shard import TEMPLATE, Bits, Coarse, Shard, ShardInfo, Visit, shards_of, thread_pool
 from iir_dist.storage import Folder
-from iir_dist.vectors import F32, I64, merge_top_k, top_k
+from iir_dist.vectors import F32, I64, top_k
 
 log = logging.getLogger(__name__)
 
 CANDIDATES = 2**20
 """Candidates that a thread holds at a time for each shard; bounds the memory of deep lists."""
+QUERIES = 1024
+"""That a thread searches for at a time: queries that visit a list together scan it faster."""
 GONE = (CorruptError, NotFoundError)
 """Errors of a file that a change of the index may have removed."""
 R = TypeVar("R")
-Live = Mapping[int, bool]
-"""Numbers of the shards to search, and whether the set of allowed rows leaves out some of theirs."""
+Live = Mapping[int, int]
+"""Numbers of the shards to search, and how many of their rows are allowed."""
 
 
 class Lost(IirError):
@@ -61,19 +64,15 @@ class Backend(Protocol):
 
     threads: int
     """Calls that it can serve at a time."""
-    most_queries: int
-    """In a call; fewer where lists are deep."""
 
     def open(self, numbers: Iterable[int], vectors: bool) -> None:
         """Verify and open shards before their first use."""
 
-    def scan(
-        self, xt: F32, lists: I64, coarse: F32, k: int, live: Live, allowed: Bits | None, alone: bool
-    ) -> tuple[F32, I64]:
+    def scan(self, visit: Visit, k: int, live: Live, allowed: Bits, alone: bool) -> Lists:
         """The best k by code of all live shards, (nq, at most k). `alone`: no other call is under way."""
 
-    def rescore(self, xq: F32, rows: I64, live: Live) -> F32:
-        """Exact scores of candidates (nq, m); -inf where the row is -1."""
+    def rescore(self, xq: F32, rows: I64, numbers: Iterable[int]) -> F32:
+        """Exact scores of candidates (nq, m); -inf where the row is -1 or lies in none of these shards."""
 
     def close(self) -> None:
         """Let go of threads and processes."""
@@ -81,8 +80,6 @@ class Backend(Protocol):
 
 class Shards:
     """Shards in this process: the backend of an index that is searched here, and what a searching actor is."""
-
-    most_queries = 256
 
     def __init__(
         self, folder: Folder, infos: Iterable[ShardInfo], dim: int, files: Mapping[str, FileEntry], threads: int
@@ -101,21 +98,24 @@ class Shards:
 
         self._run([self.shards[n] for n in numbers], one, alone=True)
 
-    def scan(
-        self, xt: F32, lists: I64, coarse: F32, k: int, live: Live, allowed: Bits | None, alone: bool = False
-    ) -> tuple[F32, I64]:
-        """The best k by code of the live shards of this process."""
+    def scan(self, visit: Visit, k: int, live: Live, allowed: Bits | None, alone: bool) -> Lists:
+        """The best k by code of the live shards; all their rows are allowed where `allowed` is None."""
 
-        def one(shard: Shard) -> tuple[F32, I64]:
-            return shard.scan(xt, lists, coarse, k, allowed if live[shard.info.number] else None)
+        def ask(queries: slice | I64, depths: Mapping[int, int]) -> list[Lists]:
+            part = visit.of(queries)
 
-        shards = [self.shards[n] for n in live if n in self.shards]
-        return merge_top_k(self._run(shards, one, alone), k, larger_is_better=True)
+            def one(shard: Shard) -> Lists:
+                number = shard.info.number
+                return shard.scan(part, depths[number], allowed if live[number] < shard.info.count else None)
 
-    def rescore(self, xq: F32, rows: I64, live: Live) -> F32:
-        """Exact scores of the candidates of the live shards of this process, -inf elsewhere."""
+            return self._run([self.shards[n] for n in depths], one, alone)
+
+        return gather(ask, live, k)
+
+    def rescore(self, xq: F32, rows: I64, numbers: Iterable[int]) -> F32:
+        """Exact scores of the candidates in these shards, -inf elsewhere."""
         out = np.full(rows.shape, -np.inf, np.float32)
-        self._run([self.shards[n] for n in live if n in self.shards], lambda s: s.rescore(xq, rows, out), alone=False)
+        self._run([self.shards[n] for n in numbers], lambda s: s.rescore(xq, rows, out), alone=False)
         return out
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ class Index:
         if rows is not None and not (refine and len(rows) <= refine * k):
             rows = None
         while True:
-            left = {n: filtered for n, filtered in live.items() if n not in self.lost}
+            left = {n: count for n, count in live.items() if n not in self.lost}
             try:
                 return self._search(xq, k, nprobe, refine, left, bits, rows)
             except Lost as lost:
@@ -272,31 +272,33 @@ class Index:
         self._open(live, refine > 0)
         if not live or not len(xq):
             return np.full((len(xq), k), -np.inf, np.float32), np.full((len(xq), k), -1)
-        xt, lists, coarse = self._coarse.assign(xq, nprobe) if candidates is None else (xq, None, None)
+        visit = self._coarse.assign(xq, nprobe) if candidates is None else None
         parts = self._slices(len(xq), depth)
+        scores, rows = np.empty((len(xq), k), np.float32), np.empty((len(xq), k), np.int64)
 
-        def answer(part: slice) -> tuple[F32, I64]:
+        def answer(part: slice) -> None:
             if candidates is None:
-                assert lists is not None
-                assert coarse is not None
-                scores, rows = self.backend.scan(
-                    xt[part], lists[part], coarse[part], depth, live, bits, alone=len(parts) == 1
-                )
+                assert visit is not None
+                best, found = self.backend.scan(visit.of(part), depth, live, bits, alone=len(parts) == 1)
             else:
-                rows = np.broadcast_to(candidates, (part.stop - part.start, len(candidates)))
+                found = np.broadcast_to(candidates, (part.stop - part.start, len(candidates)))
             if refine:
-                exact = self.backend.rescore(xq[part], rows, live)
-                rows = np.where(np.isneginf(exact), -1, rows)  # of a lost shard
-                scores, rows = top_k(exact, rows, k, larger_is_better=True)
-            return _filled(scores, rows, k)
+                exact = self.backend.rescore(xq[part], found, live)
+                found = np.where(np.isneginf(exact), -1, found)  # of a lost shard
+                best, found = top_k(exact, found, k, larger_is_better=True)
+            m = found.shape[1]
+            scores[part, :m], rows[part, :m] = best, found
+            scores[part, m:], rows[part, m:] = -np.inf, -1
 
-        if len(parts) == 1:
-            return answer(parts[0])
-        answers = list(self._pool.map(answer, parts) if self._pool is not None else map(answer, parts))
-        return np.concatenate([s for s, _ in answers]), np.concatenate([r for _, r in answers])
+        if len(parts) > 1 and self._pool is not None:
+            list(self._pool.map(answer, parts))
+        else:
+            for part in parts:
+                answer(part)
+        return scores, rows
 
     def _slices(self, nq: int, depth: int) -> list[slice]:
-        size = max(1, min(-(-nq // self.backend.threads), self.backend.most_queries, CANDIDATES // depth))
+        size = max(1, min(-(-nq // self.backend.threads), QUERIES, CANDIDATES // depth))
         return [slice(start, min(start + size, nq)) for start in range(0, nq, size)]
 
     def _open(self, live: Live, vectors: bool) -> None:
@@ -351,23 +353,13 @@ class Index:
         bits = np.packbits(mask, bitorder="little") & self._alive
         return bits, np.flatnonzero(np.unpackbits(bits, count=self.num_rows, bitorder="little"))
 
-    def _live(self, bits: Bits) -> dict[int, bool]:
-        """The shards that hold one of these rows, and whether there are others in them."""
+    def _live(self, bits: Bits) -> dict[int, int]:
+        """The shards that hold some of these rows, and how many."""
         counts = {}
         for shard in self.shards:
             around = np.unpackbits(bits[shard.start // 8 : -(-shard.stop // 8)], bitorder="little")
             counts[shard.number] = int(around[shard.start % 8 :][: shard.stop - shard.start].sum(dtype=np.int64))
-        return {s.number: counts[s.number] < s.count for s in self.shards if counts[s.number]}
-
-
-def _filled(scores: F32, rows: I64, k: int) -> tuple[F32, I64]:
-    """Exactly k columns; row -1 and score -inf where there are fewer."""
-    short = k - rows.shape[1]
-    if short > 0:
-        rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
-        scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
-    scores, rows = scores[:, :k], rows[:, :k]
-    return np.where(rows < 0, np.float32(-np.inf), scores), rows
+        return {number: count for number, count in counts.items() if count}
 
 
 def open_index(

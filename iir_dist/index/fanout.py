@@ -1,4 +1,4 @@
-"""The search over Ray actors that own some shards each: what `engine.Index` has behind it where one machine is not enough.
+"""Where an index is searched: in this process, or by Ray actors that own some shards each where one machine is not enough.
 
 An actor whose process is killed is started again by Ray, opens its shards and answers the call that was under way.
 """
@@ -6,7 +6,7 @@ An actor whose process is killed is started again by Ray, opens its shards and a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 from iir_dist import artifact, session
 from iir_dist.artifact import Manifest
 from iir_dist.errors import IirError
-from iir_dist.index.engine import Index, Live, Lost, Shards
-from iir_dist.index.shard import Bits, shards_of
+from iir_dist.index.engine import Index, Live, Lost, Shards, opened
+from iir_dist.index.merge import Lists, gather
+from iir_dist.index.shard import Bits, Visit, shards_of
 from iir_dist.storage import Folder
-from iir_dist.vectors import F32, I64, merge_top_k
+from iir_dist.vectors import F32, I64
 
 RESTARTS = 3
 """How often an actor is started again, and a call to it made again."""
@@ -26,8 +27,6 @@ RESTARTS = 3
 
 class Actors:
     """The backend of an index whose shards are searched by actors."""
-
-    most_queries = 1024  # a call costs milliseconds
 
     def __init__(self, folder: Folder, manifest: Manifest, workers: int) -> None:
         self._ray = session.connect()
@@ -40,6 +39,7 @@ class Actors:
             num_cpus=0, scheduling_strategy="SPREAD", max_concurrency=threads, max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )(Shards)  # fmt: skip
+        self._counts = {info.number: info.count for info in infos}
         dim = int(manifest.info["dim"])
         self.actors = {
             frozenset(info.number for info in group): actor.remote(folder, group, dim, manifest.files, threads)
@@ -50,57 +50,54 @@ class Actors:
 
     def open(self, numbers: Iterable[int], vectors: bool) -> None:
         """Have the owners verify and open shards."""
-        self._ask(numbers, "open", lambda mine: (sorted(mine), vectors))
+        self._call("open", {owned: (sorted(mine), vectors) for owned, mine in self._owners(numbers).items()})
 
-    def scan(
-        self, xt: F32, lists: I64, coarse: F32, k: int, live: Live, allowed: Bits | None, alone: bool
-    ) -> tuple[F32, I64]:
+    def scan(self, visit: Visit, k: int, live: Live, allowed: Bits, alone: bool) -> Lists:
         """The best k by code of all live shards."""
-        queries = [self._ray.put(a) for a in (xt, lists, coarse)]
-        bits = self._reference(allowed) if any(live.values()) else None
-        parts = self._ask(live, "scan", lambda mine: (*queries, k, {n: live[n] for n in mine}, bits, alone))
-        return merge_top_k(parts, k, larger_is_better=True)
+        bits = None if all(count == self._counts[n] for n, count in live.items()) else self._reference(allowed)
+        shares = {owned: {n: live[n] for n in mine} for owned, mine in self._owners(live).items()}
 
-    def rescore(self, xq: F32, rows: I64, live: Live) -> F32:
+        def ask(queries: slice | I64, depths: Mapping[frozenset[int], int]) -> list[Lists]:
+            sent = self._ray.put(visit.of(queries))
+            return self._call("scan", {owned: (sent, m, shares[owned], bits, alone) for owned, m in depths.items()})
+
+        return gather(ask, {owned: sum(share.values()) for owned, share in shares.items()}, k)
+
+    def rescore(self, xq: F32, rows: I64, numbers: Iterable[int]) -> F32:
         """Exact scores of the candidates."""
         queries, candidates = self._ray.put(xq), self._ray.put(rows)
-        parts = self._ask(live, "rescore", lambda mine: (queries, candidates, {n: live[n] for n in mine}))
-        best: F32 = parts[0]
-        for part in parts[1:]:
-            best = np.maximum(best, part)
-        return best
+        arguments = {owned: (queries, candidates, mine) for owned, mine in self._owners(numbers).items()}
+        return np.asarray(np.maximum.reduce(self._call("rescore", arguments)))
 
     def close(self) -> None:
         """Stop the actors."""
         for actor in self.actors.values():
             self._ray.kill(actor)
 
-    def _reference(self, allowed: Bits | None) -> Any:
+    def _reference(self, allowed: Bits) -> Any:
         """The set of allowed rows in Ray's object store; put there once for all calls of a search."""
-        if allowed is None:
-            return None
         with self._lock:
             if self._sent is None or self._sent[0] is not allowed:
                 self._sent = (allowed, self._ray.put(allowed))
             return self._sent[1]
 
-    def _ask(self, numbers: Iterable[int], method: str, arguments: Any) -> list[Any]:
-        """Call every actor that owns one of the shards; `arguments` makes its arguments of those that it owns."""
-        wanted = set(numbers)
-        calls = [
-            (wanted & owned, getattr(actor, method).remote(*arguments(wanted & owned)))
-            for owned, actor in self.actors.items()
-            if wanted & owned
-        ]
+    def _owners(self, numbers: Iterable[int]) -> dict[frozenset[int], frozenset[int]]:
+        """What the actors that own some of the shards own, and which of these it is."""
+        wanted = frozenset(numbers)
+        return {owned: wanted & owned for owned in self.actors if wanted & owned}
+
+    def _call(self, method: str, arguments: Mapping[frozenset[int], tuple[Any, ...]]) -> list[Any]:
+        """Call the actors that own these shards, all at the same time."""
+        refs = {owned: getattr(self.actors[owned], method).remote(*given) for owned, given in arguments.items()}
         answers = []
-        for mine, ref in calls:
+        for owned, ref in refs.items():
             try:
                 answers.append(session.result_of(ref))
             except self._ray.exceptions.RayActorError as error:
-                shards = ", ".join(str(n) for n in sorted(mine))
+                shards = ", ".join(str(n) for n in sorted(owned))
                 reason = str(error).strip().splitlines()[0]
                 raise Lost(
-                    mine,
+                    owned,
                     IirError(
                         f"the actor that searched the shards {shards} died and was started again {RESTARTS} times in "
                         f"vain ({reason}); see the memory of its node, or use fewer or more --set workers="
@@ -109,15 +106,25 @@ class Actors:
         return answers
 
 
-def open_on_actors(uri: str | Path, workers: int, *, verify: bool = False, allow_partial: bool = False) -> Index:
+def searching_actors(wanted: int | None = None) -> int:
+    """How many actors search, 0 where this process does: as wanted, else one a node of a cluster of several."""
+    if wanted is not None:
+        return wanted
+    nodes = session.num_nodes()
+    return nodes if nodes > 1 else 0
+
+
+def open_on_actors(uri: str | Path, actors: int, *, verify: bool = False, allow_partial: bool = False) -> Index:
     """Open an index for search by actors, at most one a shard; otherwise as `engine.open_index`."""
     folder, manifest = artifact.require(uri, "index")
-    return opened_on_actors(folder, manifest, workers, verify=verify, allow_partial=allow_partial)
+    return opened_on(folder, manifest, actors, verify=verify, allow_partial=allow_partial)
 
 
-def opened_on_actors(
-    folder: Folder, manifest: Manifest, workers: int, *, verify: bool = False, allow_partial: bool = False
+def opened_on(
+    folder: Folder, manifest: Manifest, actors: int, *, verify: bool = False, allow_partial: bool = False
 ) -> Index:
-    """As `open_on_actors`, of this manifest."""
-    backend = Actors(folder, manifest, workers)
+    """An index of this manifest, searched by so many actors; in this process where there are none."""
+    if not actors:
+        return opened(folder, manifest, verify=verify, allow_partial=allow_partial)
+    backend = Actors(folder, manifest, actors)
     return Index(folder, manifest, backend, verify=verify, allow_partial=allow_partial)

@@ -27,7 +27,8 @@ from iir_dist.data.collection import Collection, open_collection
 from iir_dist.data.embeddings import Embeddings, open_embeddings
 from iir_dist.errors import InputError, MismatchError, NotFoundError
 from iir_dist.index import points
-from iir_dist.index.build import fill, open_here
+from iir_dist.index.build import fill
+from iir_dist.index.fanout import opened_on, searching_actors
 from iir_dist.index.plan import IndexConfig
 from iir_dist.index.rows import names_files, read_names, read_tombstones, rows_of
 from iir_dist.index.shard import IDS, IDS_SUFFIX, TEMPLATE, Shard, ShardInfo, shards_of, write_kept
@@ -168,10 +169,10 @@ def measure(out: str, queries: Sequence[str] = ()) -> Manifest:
             _check_space(source, old, work.folder)
         _start(work, old, {"change": "measure"})
         config = IndexConfig.model_validate(old.config)
-        with open_here(work.folder, old) as index:
+        with opened_on(work.folder, old, searching_actors()) as index:
             found = points.measure(index, points.other_queries(sources, index.dim, config.seed), config.seed)
         name, before = f"{_generation(old):05d}-{points.POINTS}", old.info.get("points", points.POINTS)
-        info = {**points.choose(found, config), "measured": _generation(old), "points": name}
+        info = {**points.choose(found, config), points.MEASURED: _generation(old), "points": name}
         removed = [before] if before in old.files else []
         return _finish(work, old, {}, points.write_points(work.folder, found, name), info, removed=removed)
 
@@ -203,15 +204,12 @@ def describe(out: str) -> str:
 
 
 def _recall(folder: Folder, manifest: Manifest) -> str:
-    info = manifest.info
-    if manifest.info.get("points", points.POINTS) not in manifest.files:
-        return f"not measured: iir index --out {folder.uri} --measure"
-    if info.get("generation", 0) != info.get("measured", 0):
+    if points.stale(manifest):
         return f"not known, the index has changed since it was measured: iir index --out {folder.uri} --measure"
-    for point in points.read_points(folder, manifest).points:
-        if (point.nprobe, point.refine) == (info["nprobe"], info["refine"]):
-            return ", ".join(f"{recall[points.K]:.3f} ({kind})" for kind, recall in point.recall.items()) + " at 10"
-    return "not measured for this nprobe and refine"
+    recall = points.recall_of(folder, manifest, manifest.info["nprobe"], manifest.info["refine"])
+    if not recall:
+        return f"not measured for this nprobe and refine: iir index --out {folder.uri} --measure"
+    return ", ".join(f"{value:.3f} ({kind})" for kind, value in recall.items()) + " at 10"
 
 
 # ------------------------------------------------------------------------------------------------ one change
@@ -259,7 +257,7 @@ def _finish(
     inputs: Mapping[str, InputRef] | None = None,
 ) -> Manifest:
     artifact.sweep(work.folder)  # of workers that were killed, and whose tasks Ray gave to others
-    info = {**info, "generation": _generation(old), "superseded": list(removed)}
+    info = {**info, points.GENERATION: _generation(old), "superseded": list(removed)}
     return work.amend(old, {**old.counts, **counts}, files, info, inputs, removed)
 
 
@@ -291,7 +289,7 @@ def _run(work: artifact.Work, function: Callable[..., None], tasks: Mapping[Shar
 
 def _generation(old: Manifest) -> int:
     """Number of the change that follows `old`."""
-    return int(old.info.get("generation", 0)) + 1
+    return int(old.info.get(points.GENERATION, 0)) + 1
 
 
 def _next_shard(old: Manifest) -> int:

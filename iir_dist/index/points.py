@@ -53,6 +53,8 @@ ENOUGH = 0.999
 BLOCK = 2**12
 """Rows that are compared at a time when the truth is computed."""
 DATABASE, OTHER = "database", "queries"
+GENERATION, MEASURED = "generation", "measured"
+"""In the manifest: the number of the last change of the index, and of the one that last measured it."""
 
 
 class Latency(BaseModel):
@@ -114,6 +116,19 @@ def read_points(folder: Folder, manifest: Manifest) -> OperatingPoints:
         )
     with artifact.verified(folder, name, manifest.files[name]) as path:
         return OperatingPoints.model_validate_json(path.read_bytes())
+
+
+def stale(manifest: Manifest) -> bool:
+    """Whether the rows have changed since the points were measured."""
+    return bool(manifest.info.get(GENERATION, 0) != manifest.info.get(MEASURED, 0))
+
+
+def recall_of(folder: Folder, manifest: Manifest, nprobe: int, refine: int) -> dict[str, float]:
+    """Recall@10 of a setting by kind of query; empty where it was not measured, or not since the rows have changed."""
+    if stale(manifest) or manifest.info.get("points", POINTS) not in manifest.files:
+        return {}
+    measured = {(point.nprobe, point.refine): point.recall for point in read_points(folder, manifest).points}
+    return {kind: recall[K] for kind, recall in measured.get((nprobe, refine), {}).items()}
 
 
 def write_points(folder: Folder, found: OperatingPoints, name: str = POINTS) -> dict[str, FileEntry]:

@@ -18,16 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from iir_dist import artifact, session
+from iir_dist import artifact
 from iir_dist.artifact import InputRef, Manifest, read_manifest, shard_name
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.data.collection import check_same_space, open_collection, query_rows
 from iir_dist.data.embeddings import Embeddings, open_embeddings
 from iir_dist.errors import ConfigError, InputError, MismatchError
-from iir_dist.index.engine import Index, opened
+from iir_dist.index.engine import Index
 from iir_dist.index.exact import Exact
-from iir_dist.index.fanout import opened_on_actors
-from iir_dist.index.points import read_points, report
+from iir_dist.index.fanout import opened_on, searching_actors
+from iir_dist.index.points import read_points, recall_of, report, stale
 from iir_dist.index.rows import read_list, rows_of
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder, open_folder
@@ -134,10 +134,13 @@ def run(
     with artifact.begin(out, "search", config, refs, force=force) as work, contextlib.ExitStack() as stack:
         if work.finished:
             return work.finished
-        workers = _workers(config.workers)
-        # By the manifest that the rankings refer to; another would be that of an index that was changed meanwhile.
-        index = None if index_manifest is None else stack.enter_context(_open(folder, index_manifest, config, workers))
-        if index is not None:
+        workers = searching_actors(config.workers)
+        index = None
+        if index_manifest is not None:
+            # Of this manifest, which the rankings refer to; what is there now may have been changed meanwhile.
+            index = stack.enter_context(
+                opened_on(folder, index_manifest, workers, verify=config.verify, allow_partial=config.allow_partial)
+            )
             names = index.names
         allowed = allowed_rows(names, config.splits, chosen, " ".join(database))
         counted = allowed if index is None else index.alive if allowed is None else allowed & index.alive
@@ -149,7 +152,7 @@ def run(
         groups = {n: slice(start, min(start + step, len(xq))) for n, start in enumerate(range(0, len(xq), step))}
         done = work.done()
         pending = {n: group for n, group in groups.items() if n not in done}
-        point = _operating_point(index, config)
+        point = {} if index is None else _operating_point(index, config, everything=allowed is None)
         if index is not None:
             ranked = _ranked(index, xq, pending, depth, (point["nprobe"], point["refine"]), allowed)
         else:
@@ -170,28 +173,21 @@ def run(
         return work.publish(counts, info=result, shards=len(groups))
 
 
-def _workers(configured: int | None) -> int:
-    """Searching actors; 0 where this process searches."""
-    if configured is not None:
-        return configured
-    nodes = session.num_nodes()
-    return nodes if nodes > 1 else 0
-
-
-def _open(folder: Folder, manifest: Manifest, config: SearchConfig, workers: int) -> Index:
-    if workers:
-        return opened_on_actors(folder, manifest, workers, verify=config.verify, allow_partial=config.allow_partial)
-    return opened(folder, manifest, verify=config.verify, allow_partial=config.allow_partial)
-
-
-def _operating_point(index: Index | None, config: SearchConfig) -> dict[str, Any]:
-    """nprobe, refine and, where it is known, the recall@10 that was measured with them; nothing for exact search."""
-    if index is None:
-        return {}
+def _operating_point(index: Index, config: SearchConfig, *, everything: bool) -> dict[str, Any]:
+    """nprobe, refine and, where all rows are searched and it is known, the recall@10 that was measured with them."""
     info = index.manifest.info
     if config.recall is None:
         nprobe = info["nprobe"] if config.nprobe is None else config.nprobe
-        return {"nprobe": nprobe, "refine": info["refine"] if config.refine is None else config.refine}
+        refine = info["refine"] if config.refine is None else config.refine
+    else:
+        nprobe, refine = _reaching(index, config)
+    recall = recall_of(index.folder, index.manifest, nprobe, refine) if everything else {}
+    return {"nprobe": nprobe, "refine": refine} | ({"recall": recall} if recall else {})
+
+
+def _reaching(index: Index, config: SearchConfig) -> tuple[int, int]:
+    """nprobe and refine of the cheapest point that reaches a recall."""
+    assert config.recall is not None
     if config.nprobe is not None or config.refine is not None:
         raise ConfigError(
             f"search.recall = {config.recall:g} chooses nprobe and refine; expected either it, or search.nprobe and "
@@ -205,7 +201,12 @@ def _operating_point(index: Index | None, config: SearchConfig) -> dict[str, Any
             "search: recall@10 %g was not reached by any operating point, the best has %.3f; build with a higher "
             "index.recall, or search exactly", config.recall, point.worst,
         )  # fmt: skip
-    return {"nprobe": point.nprobe, "refine": point.refine, "recall": {kind: r[10] for kind, r in point.recall.items()}}
+    if stale(index.manifest):
+        log.warning(
+            "search: the index has changed since its recall was measured: iir index --out %s --measure",
+            index.folder.uri,
+        )
+    return point.nprobe, point.refine
 
 
 def allowed_rows(

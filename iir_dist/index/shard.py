@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from iir_dist import artifact
 from iir_dist.artifact import FileEntry, Manifest, shard_name
-from iir_dist.data.cache import GB, allowed_bytes, cache_folder
-from iir_dist.errors import CorruptError, MismatchError, StorageError
+from iir_dist.data.cache import allowed_bytes, cache_folder, filling, make_room
+from iir_dist.errors import CorruptError, MismatchError
 from iir_dist.index.train import transforms
 from iir_dist.storage import Folder, LocalFolder
 from iir_dist.storage.local import local_errors
@@ -39,6 +39,22 @@ TIES = 2**20
 """Candidates that are held at a time for queries whose cut goes through equal scores."""
 PAIRS = 4096
 """Vectors that are widened to float32 at a time when candidates are rescored."""
+
+
+class Visit(NamedTuple):
+    """Queries and the lists to visit for them, which are chosen once for all shards.
+
+    xt: (nq, d') float32 queries after the index's transform. lists: (nq, nprobe) int64, -1 for none. coarse: (nq, nprobe)
+    float32 scores of the queries with these lists' centroids.
+    """
+
+    xt: F32
+    lists: I64
+    coarse: F32
+
+    def of(self, queries: slice | I64) -> Visit:
+        """Of these queries only."""
+        return Visit(self.xt[queries], self.lists[queries], self.coarse[queries])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +139,16 @@ def fetch(folder: Folder, name: str, entry: FileEntry) -> Mapped:
         artifact.check_file(folder, name, entry)
         with local_errors(folder.address(name)):
             return _map(folder.path / name, in_cache=False)
-    copies = cache_folder() / "index"
-    path = copies / (entry.sha256 + Path(name).suffix)
-    with local_errors(str(copies)):
-        copies.mkdir(parents=True, exist_ok=True)
-        with open(copies / ".lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the node fetches, the others find what it made
+    cache = cache_folder()
+    path = cache / (entry.sha256 + Path(name).suffix)
+    with local_errors(str(cache)):
+        cache.mkdir(parents=True, exist_ok=True)
+        with filling(cache):
             with contextlib.suppress(CorruptError):  # gone, or the cache's disk lost a bit: it is fetched again
-                artifact.check_file(LocalFolder(copies), path.name, entry)
+                artifact.check_file(LocalFolder(cache), path.name, entry)
                 os.utime(path)
                 return _map(path, in_cache=True)
-            _make_room(copies, entry.size)
+            make_room(cache, entry.size, allowed_bytes(cache))
             temporary = path.with_name(f".{path.name}.tmp")
             with artifact.verified(folder, name, entry) as source:
                 shutil.move(source, temporary)
@@ -174,29 +189,6 @@ def _map(path: Path, *, in_cache: bool) -> Mapped:
         if in_cache:
             fcntl.flock(file, fcntl.LOCK_SH)  # the map's duplicate of the descriptor keeps it
         return Mapped(str(path), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _make_room(copies: Path, size: int) -> None:
-    """Evict what was used least recently and is not in use; the caller holds the lock."""
-    allowed = allowed_bytes(copies.parent)
-    for left in copies.glob(".*.tmp"):  # of a process that was killed
-        left.unlink()
-    used = 0
-    for path in copies.parent.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a photo's shard, evicted meanwhile
-            used += path.stat().st_size if path.is_file() else 0
-    for path in sorted(copies.glob("[0-9a-f]*"), key=lambda p: p.stat().st_mtime_ns):
-        if used + size <= allowed:
-            return
-        with open(path, "rb") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            used -= path.stat().st_size
-            path.unlink()
-    if used + size > allowed:
-        raise StorageError(
-            f"the cache {copies.parent} would have to hold {used + size:,} bytes and may hold {allowed:,.0f}; raise "
-            f"IIR_CACHE_GB to {(used + size) // GB + 1} or more, point IIR_CACHE at a larger disk, or use more nodes"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ shard
@@ -258,42 +250,42 @@ class Shard:
         self.open_vectors()
         return np.arange(self.info.start, self.info.stop) if self._ids is None else np.array(self._ids)
 
-    def scan(self, xt: F32, lists: I64, coarse: F32, k: int, allowed: Bits | None) -> tuple[F32, I64]:
-        """The best k by code, of equal scores the smaller rows; where no cut goes through equal scores, some more.
+    def scan(self, visit: Visit, k: int, allowed: Bits | None) -> tuple[F32, I64]:
+        """The best k by code.
 
         Args:
-            xt: (nq, d') queries after the index's transform.
-            lists: (nq, nprobe) lists to visit, chosen once for all shards; -1 for none.
-            coarse: (nq, nprobe) scores of the queries with these centroids.
+            visit: queries and lists to visit, chosen once for all shards.
             allowed: the only rows that may be returned; None for all.
 
         Returns:
-            scores and database rows, (nq, k or more), best first; row -1 and score -inf where there are fewer.
+            scores and database rows, (nq, k), or fewer columns where the shard has fewer rows; best first, equal scores
+            by row; row -1 and score -inf where there are fewer.
         """
         if self._ivf is None:
             self.open_codes()
         # Which of equal scores faiss returns at its cut depends on where they lie, so it is asked for more, until the
         # score of the last is below that of the k-th. Exact duplicates and coarse codes make such ties.
         asked = min(k + 8 + k // 32, self.info.count)
-        scores, rows = self._scan(xt, lists, coarse, asked, allowed)
+        scores, rows = self._scan(visit, asked, allowed)
         tied = np.flatnonzero(_tied(scores, rows, k)) if asked < self.info.count else np.empty(0, np.int64)
         while len(tied):
             asked = min(2 * asked, self.info.count)
             left = [tied[:0]]
             for part in np.array_split(tied, min(len(tied), -(-len(tied) * asked // TIES))):
-                more, of = self._scan(xt[part], lists[part], coarse[part], asked, allowed)
+                more, of = self._scan(visit.of(part), asked, allowed)
                 open_ = _tied(more, of, k) & (asked < self.info.count)
                 left.append(part[open_])
                 done = part[~open_]
                 scores[done], rows[done] = -np.inf, -1
                 scores[done, :k], rows[done, :k] = top_k(more[~open_], of[~open_], k, larger_is_better=True)
             tied = np.concatenate(left)
-        return scores, rows
+        return top_k(scores, rows, k, larger_is_better=True)
 
-    def _scan(self, xt: F32, lists: I64, coarse: F32, k: int, allowed: Bits | None) -> tuple[F32, I64]:
+    def _scan(self, visit: Visit, k: int, allowed: Bits | None) -> tuple[F32, I64]:
         """The best k as faiss finds them; arrays must be contiguous."""
         import faiss
 
+        xt, lists, coarse = visit
         params: Any = faiss.SearchParametersIVF()
         params.nprobe = lists.shape[1]
         if allowed is not None:
@@ -381,10 +373,10 @@ class Coarse:
         self._transforms = transforms(self.index)
         self._quantizer: Any = faiss.downcast_index(faiss.extract_index_ivf(self.index).quantizer)
 
-    def assign(self, xq: F32, nprobe: int) -> tuple[F32, I64, F32]:
-        """(queries transformed, lists (nq, nprobe), scores with their centroids)."""
+    def assign(self, xq: F32, nprobe: int) -> Visit:
+        """What to visit for queries (nq, d): the nprobe nearest lists."""
         xt = xq
         for transform in self._transforms:
             xt = transform.apply(xt)
         coarse, lists = self._quantizer.search(xt, nprobe)
-        return xt, lists, coarse
+        return Visit(xt, lists, coarse)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,9 @@ import pytest
 from indexed import make_index, random_unit, search, write_vectors
 
 from iir_dist import artifact
-from iir_dist.errors import CorruptError, MismatchError, StorageError
+from iir_dist.data import cache
+from iir_dist.data.embeddings import open_embeddings
+from iir_dist.errors import CorruptError, MismatchError, NotFoundError, StorageError
 from iir_dist.index import living
 from iir_dist.index.engine import open_index
 from iir_dist.index.export import export
@@ -173,6 +178,45 @@ def test_two_changes_later_the_old_files_are_gone(copy: Path) -> None:
     late.close()
 
 
+def test_damaged_embeddings_are_named(tmp_path: Path) -> None:
+    """Whether their vectors are read or not: by Parquet's own pages and thrift, which Arrow tells in other errors."""
+    emb = write_vectors(tmp_path / "emb", random_unit(200, 8, seed=1))
+    found, (path,) = open_embeddings(emb), emb.iterdir()
+    whole = path.read_bytes()
+    for start, stop in ((4, len(whole) // 2), (len(whole) // 2, len(whole) - 8), (len(whole) - 8, len(whole) - 4)):
+        path.write_bytes(whole[:start] + b"\xff" * (stop - start) + whole[stop:])
+        for vectors in (False, True):
+            with pytest.raises(
+                CorruptError, match=rf"{path.name} is not a Parquet file, or damaged \(.*; write it again"
+            ):
+                found.read(path.name, vectors=vectors)
+    path.unlink()
+    with pytest.raises(NotFoundError):  # what the disk says stays what it is
+        found.read(path.name, vectors=False)
+
+
+def test_copies_of_an_index_count_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bound for all that the cache holds, and the least recently used makes room, whatever it is a copy of."""
+    for number, ending in enumerate(("faiss", "f16", "arrow")):
+        path = tmp_path / f"{number:064x}.{ending}"
+        path.write_bytes(bytes(1000))
+        os.utime(path, (number, number))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "set.tar").write_bytes(bytes(5000))  # not a copy: neither counted nor evicted
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    monkeypatch.delenv("IIR_CACHE_GB", raising=False)
+    assert cache.allowed_bytes(tmp_path) == (free + 3000) / 2
+    with cache.filling(tmp_path):
+        cache.make_room(tmp_path, 900, 3000)
+        assert [path.suffix for path in sorted(tmp_path.glob("0*"))] == [".f16", ".arrow"]
+        held = open(tmp_path / f"{1:064x}.f16", "rb")  # noqa: SIM115
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with held, pytest.raises(StorageError, match=r"would have to hold 2,600 bytes \(1,000 of them are in use\)"):
+            cache.make_room(tmp_path, 1600, 2500)
+    assert [path.suffix for path in tmp_path.glob("0*")] == [".f16"]
+
+
 @pytest.mark.s3
 def test_the_cache_of_a_node(s3: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetched once; a copy that lost a bit is fetched again; what is not in use makes room; too little room is said."""
@@ -192,7 +236,7 @@ def test_the_cache_of_a_node(s3: str, copy: Path, tmp_path: Path, monkeypatch: p
         if name.startswith(("shard", "vectors", "trained")):
             folder.delete(name)
     assert np.array_equal(_search_at(folder.uri)[0], expected[0])  # nothing is fetched a second time
-    copies = sorted((tmp_path / "cache" / "index").glob("*.faiss"))
+    copies = sorted((tmp_path / "cache").glob("*.faiss"))
     for path in copies:
         damage(path, "flip")
     with pytest.raises(CorruptError, match="is missing"):
@@ -203,12 +247,12 @@ def test_the_cache_of_a_node(s3: str, copy: Path, tmp_path: Path, monkeypatch: p
     assert np.array_equal(_search_at(folder.uri)[1], expected[1])
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*"))
     monkeypatch.setenv("IIR_CACHE_GB", str((size - 100) / 2**30))
-    for path in (tmp_path / "cache" / "index").glob("*.i64"):
+    for path in (tmp_path / "cache").glob("*.i64"):
         path.unlink()
     assert np.array_equal(_search_at(folder.uri)[1], expected[1])
     monkeypatch.setenv("IIR_CACHE_GB", str(1000 / 2**30))
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(StorageError, match=r"would have to hold [\d,]+ bytes and may hold 1,000; raise IIR_CACHE_GB"):
+    with pytest.raises(StorageError, match=r"would have to hold [\d,]+ bytes .*and may hold 1,000; raise IIR_CACHE_GB"):
         _search_at(folder.uri)
 
 

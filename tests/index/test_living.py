@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from indexed import brute_force, make_index, random_unit, search, write_vectors
 
 from iir_dist import artifact
 from iir_dist.cli import main
-from iir_dist.errors import BusyError, InputError, MismatchError
+from iir_dist.errors import BusyError, InputError, MismatchError, StorageError
 from iir_dist.index import living
 from iir_dist.index.engine import open_index
 from iir_dist.index.export import export
@@ -255,3 +257,19 @@ def test_changes_in_s3(s3: str, index: Path, tmp_path: Path) -> None:
     assert here.files == there.files
     assert export(folder.uri, str(tmp_path / "plain.faiss")) == 102  # 115 rows, 13 deleted
     artifact.verify(folder.uri)
+
+
+def test_a_full_disk_is_an_error_of_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a line about its owner; without room for it nothing is held."""
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = open_folder(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageError, match=r"no space left on the disk that holds .*out/\.lock"), lock(folder):
+            raise AssertionError
+    assert not (tmp_path / "out" / ".lock").exists()
+    with lock(folder):
+        assert (tmp_path / "out" / ".lock").exists()

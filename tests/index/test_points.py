@@ -14,7 +14,7 @@ from iir_dist.errors import ConfigError, MismatchError
 from iir_dist.index import build, living
 from iir_dist.index.engine import open_index
 from iir_dist.index.plan import IndexConfig
-from iir_dist.index.points import DATABASE, OTHER, QUERIES, OperatingPoints, _ladder, _without, read_points
+from iir_dist.index.points import DATABASE, OTHER, QUERIES, OperatingPoints, _ladder, _without, read_points, recall_of
 from iir_dist.index.train import hashes
 from iir_dist.vectors import F32, normalize
 
@@ -102,6 +102,21 @@ def test_search_by_recall(measured: Path, tmp_path: Path, caplog: pytest.LogCapt
         ranking(measured / "index", measured, tmp_path / "both", recall=0.9, nprobe=3)
 
 
+def test_recall_is_told_of_settings_that_were_measured(measured: Path, vectors: Path, tmp_path: Path) -> None:
+    """Of the index's own too; not of others, and not where only a part of the rows is searched."""
+    found, (folder, manifest) = points_of(measured / "index"), require(measured / "index", "index")
+    for point in found.points:
+        known = {kind: recall[10] for kind, recall in point.recall.items()}
+        assert recall_of(folder, manifest, point.nprobe, point.refine) == known
+    assert recall_of(folder, manifest, found.points[0].nprobe, 0) == {}
+    own = (manifest.info["nprobe"], manifest.info["refine"])
+    told = ranking(measured / "index", vectors, tmp_path / "own", k=10)[0].info["recall"]
+    assert told == recall_of(folder, manifest, *own)
+    for name, settings in (("codes", {"refine": 0}), ("part", {"splits": ["db"]})):
+        assert "recall" not in ranking(measured / "index", vectors, tmp_path / name, k=10, **settings)[0].info
+    assert f"{min(told.values()):.3f}" in living.describe(str(measured / "index"))
+
+
 def test_a_target_out_of_reach_is_said(measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = IndexConfig(factory="IVF32,PQ2x4fs", recall=0.99)
     with caplog.at_level("INFO"):
@@ -121,13 +136,17 @@ def test_the_same_choice_every_time(measured: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_measured_again_after_a_change(measured: Path, tmp_path: Path) -> None:
+def test_measured_again_after_a_change(measured: Path, vectors: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "index")
     build.run([str(measured / "db")], out, CONFIG)
     before = require(out, "index")[1]
+    assert ranking(Path(out), vectors, tmp_path / "known", k=10)[0].info["recall"][DATABASE] >= CONFIG.recall
     living.delete(out, ids=list(range(0, N, 2)))
     assert "changed since" in living.describe(out)
+    for name, settings in (("own", {}), ("target", {"recall": 0.9})):  # which reads what was measured before
+        assert "recall" not in ranking(Path(out), vectors, tmp_path / name, k=10, **settings)[0].info
     manifest = living.measure(out, [str(measured / "other")])
+    assert ranking(Path(out), vectors, tmp_path / "again", k=10)[0].info["recall"][OTHER] >= CONFIG.recall
     found = points_of(Path(out))
     assert (found.rows, found.queries) == (N // 2, {DATABASE: QUERIES, OTHER: 60})
     assert "changed since" not in living.describe(out)

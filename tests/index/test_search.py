@@ -13,7 +13,6 @@ from iir_dist.data.collection import open_collection
 from iir_dist.errors import ConfigError, IirError, InputError
 from iir_dist.index import exact, living, shard
 from iir_dist.index.engine import open_index
-from iir_dist.vectors import F32, I64
 
 
 def test_exact_search_is_brute_force(vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +93,9 @@ def test_more_ties_than_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     widths: list[int] = []
     scan = shard.Shard._scan
 
-    def watched(self: shard.Shard, xt: F32, lists: I64, coarse: F32, k: int, allowed: shard.Bits | None) -> object:
-        widths.append(len(xt) * k)
-        return scan(self, xt, lists, coarse, k, allowed)
+    def watched(self: shard.Shard, visit: shard.Visit, k: int, allowed: shard.Bits | None) -> object:
+        widths.append(len(visit.xt) * k)
+        return scan(self, visit, k, allowed)
 
     monkeypatch.setattr(shard, "TIES", 2000)
     monkeypatch.setattr(shard.Shard, "_scan", watched)
