@@ -209,9 +209,8 @@ def gain(folder: Path, data: Path, config: Path, seeds: int, size: int) -> None:
     from iir_dist import compare
 
     chain = Chain(folder, data, size)
-    print(
-        f"\n{config.name}, embedded at {size} px\n\n| whitening | seed | before | after | difference (95 %) |\n|---|---:|---:|---:|---|"
-    )
+    print(f"\n{config.name}, embedded at {size} px\n")
+    print("| whitening | seed | before | after | difference (95 %) |\n|---|---:|---:|---:|---|")
     for seed in range(seeds):
         chain.finetune(f"ap-{seed}", config, seed=seed)
     for whitened in (False, True):

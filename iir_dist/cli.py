@@ -184,7 +184,13 @@ def pretrain(config: Any, images: tuple[str, ...], out: str, force: bool) -> Non
 @stage("finetune", "iir_dist.train.finetune_config:FinetuneConfig")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--init", required=True, metavar="ENCODER", help="Encoder to start from.")
-@click.option("--test", "tests", multiple=True, metavar="IMAGES|GROUNDTRUTH", help="Test set that must not overlap; may be repeated.")
+@click.option(
+    "--test",
+    "tests",
+    multiple=True,
+    metavar="IMAGES|GROUNDTRUTH",
+    help="Test set that must not overlap; may be repeated.",
+)
 @out
 def finetune(config: Any, images: tuple[str, ...], init: str, tests: tuple[str, ...], out: str, force: bool) -> None:
     """Fine-tune an encoder on labelled images/ with an AP loss, or another one."""

@@ -93,9 +93,13 @@ def test_a_table_of_several_kinds_is_explained_by_its_own_keys() -> None:
 
     with pytest.raises(ConfigError, match=r"finetune\.loss\.num_bins is not a known key; known: name, temperature"):
         config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth_ap", "loss.num_bins=3"])
-    with pytest.raises(ConfigError, match=r"finetune\.batches\.size is not a known key; known: classes, name, per_class"):
+    with pytest.raises(
+        ConfigError, match=r"finetune\.batches\.size is not a known key; known: classes, name, per_class"
+    ):
         config.load(FinetuneConfig, "finetune", settings=["batches.size=8"])
     with pytest.raises(ConfigError, match=r"finetune\.loss = .*'smooth'.*'smooth_ap'"):
         config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth"])
-    chosen = config.load(FinetuneConfig, "finetune", settings=["loss.name=smooth_ap", "loss.temperature=0.02", "batches.classes=8"])
+    chosen = config.load(
+        FinetuneConfig, "finetune", settings=["loss.name=smooth_ap", "loss.temperature=0.02", "batches.classes=8"]
+    )
     assert (chosen.loss.name, chosen.loss.temperature, chosen.batches.classes) == ("smooth_ap", 0.02, 8)  # type: ignore[union-attr]
