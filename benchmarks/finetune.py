@@ -114,6 +114,7 @@ def step(folder: Path, repeat: int) -> None:
             lambda: (to_device(c, cpu) for c in chunks),
             labels,
             lambda z, y: task.loss(z, y),
+            task.encoder.spec.dim,
         )
 
     bare(), ours()

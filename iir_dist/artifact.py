@@ -432,8 +432,9 @@ def _discard(folder: Folder) -> None:
     manifest = read_manifest(folder)
     names = {*manifest.files, *manifest.info.get("superseded", ())} if manifest else set()
     if manifest or folder.exists(f"{WORK}plan.json"):
-        # A process that was killed may have left a shard without a marker.
-        names |= {entry.name for entry in folder.list() if _SHARD.fullmatch(entry.name)}
+        # A process that was killed may have left a shard without a marker, a training its log and checkpoints.
+        ours = (entry.name for entry in folder.list())
+        names |= {name for name in ours if _SHARD.fullmatch(name) or name.endswith(LOGS)}
     for entry in list(folder.list(f"{WORK}done/")):
         names |= set(Marker.model_validate_json(folder.read(entry.name)).files)
     folder.delete(MANIFEST)

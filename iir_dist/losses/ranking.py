@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field
@@ -182,7 +182,7 @@ class RecallAtK(Parameters):
     does not reach 0. Departure: the query itself takes no rank.
     """
 
-    ks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16), min_length=1)
     temperature: float = Field(0.01, gt=0)
     """Of the ranks."""
     k_temperature: float = Field(1.0, gt=0)

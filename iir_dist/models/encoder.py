@@ -230,6 +230,11 @@ def create(config: EncoderConfig) -> Encoder:
 
 def project(encoder: Encoder, dim: int) -> Encoder:
     """The encoder with a projection (FC) of `dim` outputs behind its pooling; its weights are still to be set."""
+    if encoder.spec.projection is not None:
+        raise ConfigError(
+            f"the encoder has a projection to {encoder.spec.projection} dimensions already; --set projection=null goes on "
+            "training that one"
+        )
     if dim > encoder.spec.dim:
         raise ConfigError(
             f"a projection to {dim} dimensions: the encoder has {encoder.spec.dim}; expected at most that"
@@ -241,7 +246,9 @@ def project(encoder: Encoder, dim: int) -> Encoder:
 
 
 def centre(encoder: Encoder, v: Tensor) -> None:
-    """Set the projection so that it centres: W (v - mean), rows of W orthonormal, the directions of most variance.
+    """Set the projection so that it centres: W (v - mean), rows of W orthonormal, the directions of most variance first.
+
+    n vectors vary in n - 1 directions; rows beyond these are drawn orthogonal to them, from a seed.
 
     Pooled ReLU maps are positive, so their cosines crowd near 1, where a histogram of similarities sees nothing;
     centred, they spread, and all that the trunk knows is kept.
@@ -253,7 +260,16 @@ def centre(encoder: Encoder, v: Tensor) -> None:
     v = v.double()
     mean = v.mean(dim=0)
     _, vectors = torch.linalg.eigh((v - mean).T @ (v - mean))
-    rows = vectors.T.flip(0)[: layer.out_features]
+    known = vectors.T.flip(0)[: min(len(v) - 1, v.shape[1])]
+    # An eigenvector's sign is arbitrary: its largest component is made positive.
+    known = known * known.gather(1, known.abs().argmax(dim=1, keepdim=True)).sign()
+    rows = known[: layer.out_features]
+    if len(rows) < layer.out_features:
+        drawn = torch.randn(
+            v.shape[1], layer.out_features - len(rows), dtype=v.dtype, generator=torch.Generator().manual_seed(0)
+        )
+        rest, _ = torch.linalg.qr(drawn - known.T @ (known @ drawn))
+        rows = torch.cat([rows, rest.T])
     with torch.no_grad():
         layer.weight.copy_(rows)
         layer.bias.copy_(-rows @ mean)

@@ -35,6 +35,7 @@ def three_stage(
     chunks: Callable[[], Iterable[Tensor]],
     labels: Tensor,
     loss: Loss,
+    dim: int,
     scale: float = 1.0,
 ) -> Outcome:
     """Add the gradient of the global loss to the parameters behind `embed`; sum it over workers afterwards.
@@ -44,10 +45,12 @@ def three_stage(
         chunks: gives this worker's share of the batch, chunk by chunk; called twice, with the same result.
         labels: (B_local,) int64, in the order of the chunks.
         loss: of the gathered batch.
+        dim: D; a share may be empty.
         scale: of the gradient, against underflow in float16 (`torch.amp.GradScaler`); loss and outcome are not scaled.
     """
     with torch.no_grad():
-        local = torch.cat([_full(embed(chunk)) for chunk in chunks()])
+        parts = [_full(embed(chunk)) for chunk in chunks()]
+        local = torch.cat(parts) if parts else torch.zeros(0, dim, device=labels.device)
     outcome, gradient = _gathered(local, labels, loss)
     if outcome.broken:
         return outcome

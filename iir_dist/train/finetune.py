@@ -37,7 +37,7 @@ def body(arguments: dict[str, Any], on_step: Any) -> None:
     run = Run(
         config.steps, config.optim, config.checkpoint_every, config.seed, stop=arguments["stop"],
         validate_every=validation.every if validation.classes else None, patience=validation.patience,
-        keep=config.keep, precision=config.precision, tensorboard=config.tensorboard,
+        keep=config.keep, precision=config.precision, tensorboard=arguments["tensorboard"],
     )  # fmt: skip
     train(task, run, folder, on_step)
 
@@ -72,13 +72,15 @@ def run(
         "images": artifact.combine(artifact.reference(*source) for source in sources),
         "init": artifact.reference(init_folder, init_manifest),
     }
+    shared = overlap.check(images, list(tests), allow=config.allow_overlap)
     with artifact.begin(out, "finetune", config, refs, force=force) as work:
         if work.finished:
             return work.finished
-        shared = overlap.check(images, list(tests), allow=config.allow_overlap)
         arguments = {
             "config": config.model_dump(mode="json"), "images": [f.uri for f, _ in sources], "init": init_folder.uri,
             "out": work.folder.uri, "stop": config.steps, "tuples": None,
+            # Made absolute: workers run in a folder of their own.
+            "tensorboard": config.tensorboard and open_folder(config.tensorboard).uri,
         }  # fmt: skip
         if isinstance(config.batches, MinedBatches):
             assert mine is not None
@@ -111,13 +113,15 @@ def _rounds(
         done = checkpoints.latest(work.folder)
         if done >= stop:
             continue
-        if done < start:  # out of patience
-            break
         home = work.folder.child(f"{artifact.WORK}mining-{number:04d}")
         encoder = arguments["init"] if number == 0 else _encoder_of_round(home, arguments, config, start)
         tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining, without=aside)
         arguments |= {"tuples": (tuples, start), "stop": stop}
         _launch(work, arguments, config)
+        if config.validation.patience is not None:
+            last = checkpoints.read(work.folder, checkpoints.name_of(checkpoints.latest(work.folder)))
+            if last["best"]["since"] >= config.validation.patience:
+                break
 
 
 def _encoder_of_round(home: Folder, arguments: dict[str, Any], config: FinetuneConfig, step: int) -> str:

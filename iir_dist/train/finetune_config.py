@@ -56,6 +56,12 @@ class MinedBatches(_Batches):
     """Steps in a round."""
     mining: MiningConfig = MiningConfig()
 
+    @model_validator(mode="after")
+    def _enough(self) -> MinedBatches:
+        if self.tuples > self.mining.queries:
+            raise ValueError(f"a batch of {self.tuples} tuples of the {self.mining.queries} that mining.queries gives")
+        return self
+
 
 def _named(value: Any) -> Any:
     """Without a name the default's is meant: `--set batches.classes=8` is enough."""

@@ -54,10 +54,6 @@ class FinetuneTask:
         classes = {label: number for number, label in enumerate(sorted({x for x in labels if x is not None}))}
         self.labels = np.array([classes.get(label or "", -1) for label in labels])
         self.sampler = _sampler(labels, config, tuples)
-        if self.sampler.batch_size < collectives.world_size():
-            raise ConfigError(
-                f"a batch of {self.sampler.batch_size} images for {collectives.world_size()} workers; expected one each"
-            )
         self.loss = build(config.loss, len(classes), encoder.spec.dim, config.seed)
         if isinstance(self.loss, ArcFace):  # all workers see the global batch, so one of them counts its own gradient
             self.loss.contributes = collectives.rank() == 0
@@ -65,6 +61,8 @@ class FinetuneTask:
         model = Trained(encoder, self.loss).eval()
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.encoder = encoder
+        if all(config.optim.multiplier(f"encoder.{name}") == 0 for name, _ in encoder.named_parameters()):
+            raise ConfigError("optim.rates freezes the whole encoder; leave some of it to train")
         memory = config.memory
         self.state: CrossBatchMemory | None = None
         if memory.size:
@@ -77,10 +75,10 @@ class FinetuneTask:
         """(n, D) vectors before the projection of training images spread over all; the same on every worker."""
         seed = self.config.seed
         known = np.flatnonzero(self.labels >= 0)
-        chosen = np.random.default_rng(seed).permutation(known)[:size]
-        start, stop = collectives.share_of(len(chosen), collectives.rank(), collectives.world_size())
-        keys = [Key(n, seed_of(seed, n)) for n in chosen[start:stop].tolist()]
-        chunks = self._chunks(keys)
+        keys = [Key(n, seed_of(seed, n)) for n in np.random.default_rng(seed).permutation(known)[:size].tolist()]
+        chunks = self._chunks(keys)  # of all workers, so that what is computed together does not depend on their number
+        start, stop = collectives.share_of(len(chunks), collectives.rank(), collectives.world_size())
+        chunks = chunks[start:stop]
         width = cast(nn.Linear, self.encoder.projection).in_features
         parts = [torch.zeros(0, width, device=self.device)]
         with torch.no_grad():
@@ -88,8 +86,8 @@ class FinetuneTask:
                 parts.append(self.encoder.pooled(to_device(x, self.device)))
         return collectives.gather(torch.cat(parts))[0].cpu()
 
-    def images_per_step(self) -> int:
-        return self.sampler.batch_size
+    def images_per_step(self, step: int) -> int:
+        return len(self.sampler.batch(step))
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:
         batch = self.sampler.batch(step)
@@ -101,9 +99,11 @@ class FinetuneTask:
     def step(self, step: int, scale: float) -> Outcome:
         own = self._own(step)
         labels = torch.from_numpy(self.labels[own]).to(self.device)
-        return three_stage(
-            self._embed, self._passes(step, len(own)), labels, functools.partial(self._loss, step), scale
-        )
+        loss, dim = functools.partial(self._loss, step), self.encoder.spec.dim
+        outcome = three_stage(self._embed, self._passes(step, len(own)), labels, loss, dim, scale)
+        if isinstance(self.loss, ArcFace) and self.loss.weight.grad is not None:
+            self.loss.weight.grad *= scale  # as the gradient that went through the encoder
+        return outcome
 
     def _embed(self, x: Tensor) -> Tensor:
         with autocast(self.device, self.config.precision):

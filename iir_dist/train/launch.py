@@ -75,10 +75,13 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
             if context.get_world_rank() == 0:
                 board.put.remote(step, note)
 
+        if ray.get(board.get.remote())[2] is not None:
+            return  # started again after an error that would come again
         try:
             body(config, on_step)
         except IirError as error:
             ray.get(board.fail.remote(error))
+            raise  # so that the others, who wait for this worker, are ended too
 
     # State of Ray Train's own; checkpoints are ours and go to the output folder.
     with tempfile.TemporaryDirectory(prefix="iir-train-") as scratch:

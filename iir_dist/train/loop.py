@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from iir_dist.data.augment import seed_of
 from iir_dist.errors import TrainingError
-from iir_dist.storage import Folder
+from iir_dist.storage import Folder, open_folder
 from iir_dist.train import checkpoints, collectives
 from iir_dist.train.backprop import Outcome
+from iir_dist.train.board import Board
 from iir_dist.train.optim import Average, Optimization, build_optimizer, clip, gradient_norm, set_rate
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -41,8 +42,8 @@ class Task(Protocol):
         """Add this worker's share of the gradient of step `step`, times `scale`, to the model's parameters."""
         ...
 
-    def images_per_step(self) -> int:
-        """Photos in a global batch, for the rate."""
+    def images_per_step(self, step: int) -> int:
+        """Photos in the global batch, for the rate."""
         ...
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:
@@ -94,6 +95,7 @@ def train(task: Task, run: Run, folder: Folder, on_step: OnStep = lambda step, n
 class _Training:
     def __init__(self, task: Task, run: Run, folder: Folder, on_step: OnStep) -> None:
         self.task, self.run, self.folder, self.on_step = task, run, folder, on_step
+        collectives.copy_from_first(task.model)
         self.optimizer = build_optimizer(task.model, run.optim)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         device = next(task.model.parameters()).device.type
@@ -103,16 +105,21 @@ class _Training:
         self.best: dict[str, Any] = {"step": 0, "map": -1.0, "since": 0}
         self.step = self._restore()
         self.writer = checkpoints.Writer(folder, run.keep)
+        shown = run.tensorboard is not None and collectives.rank() == 0
+        self.board = Board(open_folder(run.tensorboard or ""), self.step) if shown else None
 
     def go(self) -> bool:
         stop = self.run.steps if self.run.stop is None else self.run.stop
-        with self._board() as board, contextlib.ExitStack() as ending:
+        with contextlib.ExitStack() as ending:
             ending.callback(self.writer.wait)  # whatever ends the run, the last checkpoint is not cut off
+            if self.board is not None:
+                ending.enter_context(self.board)
             while self.step < stop and not self._out_of_patience():
                 line = self._one()
                 better = self._validate(line, stop)
                 self.lines.append(json.dumps(line))
-                board(line)
+                if self.board is not None:
+                    self.board.write(line)
                 if self.step % self.run.checkpoint_every == 0 or self.step == stop or self._out_of_patience() or better:
                     self._save(better)
                 self.on_step(self.step, _note(line))
@@ -146,7 +153,7 @@ class _Training:
         return {
             "step": step, "loss": outcome.loss, "ap": outcome.ap, "lr": rate,
             "gradient_norm": norm if math.isfinite(norm) else None, "seconds": round(seconds, 4),
-            "images_per_sec": round(task.images_per_step() / seconds, 2),
+            "images_per_sec": round(task.images_per_step(step) / seconds, 2),
         }  # fmt: skip
 
     def _not_finite(self, quantity: str, value: float, broken: Sequence[int]) -> str:
@@ -164,7 +171,7 @@ class _Training:
             value = self.task.validate()
         if value is None:
             return False
-        line["val_map"] = value
+        line["val_map"] = value = collectives.first(value)
         better = bool(value > self.best["map"])
         if better:
             self.best = {"step": self.step, "map": value, "since": 0}
@@ -193,6 +200,8 @@ class _Training:
         collectives.average_buffers(self.task.model)
         if collectives.rank() != 0:
             return
+        if self.board is not None:
+            self.board.publish()
         model: dict[str, Tensor] = self.task.model.state_dict()
         state = {
             "step": self.step, "model": model, "optimizer": self.optimizer.state_dict(),
@@ -219,23 +228,6 @@ class _Training:
         # The log is written before the checkpoint: a crash between the two leaves lines that are about to come again.
         self.lines = self.folder.read(checkpoints.LOG).decode().splitlines()[:step]
         return step
-
-    @contextlib.contextmanager
-    def _board(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """What writes a step's numbers for TensorBoard; a resumed run replaces what came after its checkpoint."""
-        if self.run.tensorboard is None or collectives.rank() != 0:
-            yield lambda line: None
-            return
-        from tensorboardX import SummaryWriter
-
-        with SummaryWriter(self.run.tensorboard, purge_step=self.step, filename_suffix=f".{self.step}") as writer:
-
-            def write(line: dict[str, Any]) -> None:
-                for name, value in line.items():
-                    if name != "step" and value is not None:
-                        writer.add_scalar(name, value, line["step"])
-
-            yield write
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,8 +33,8 @@ class Optimization(BaseModel):
     """Part of the peak rate that is left at the end."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest L2 norm of the gradient of the global loss; longer ones are shortened to it."""
-    rates: dict[str, float] = {}
-    """Multiplier of the rate by pattern of the parameter's name, such as {"pool.p" = 10, "projection.*" = 10}; 0 freezes."""
+    rates: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Multiplier of the rate by pattern of the parameter's name, such as {"encoder.pool.p" = 10}; 0 freezes."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights (0.999, say), which is then what is validated and kept."""
 

@@ -87,7 +87,7 @@ class PretrainTask:
         self.loss = NTXent(config.temperature)
         self.state = None
 
-    def images_per_step(self) -> int:
+    def images_per_step(self, step: int) -> int:
         return self.config.batch
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:

@@ -30,6 +30,7 @@ def publish(
 ) -> Manifest:
     """Write the trained encoder beside its log and the checkpoints that were kept, and the manifest."""
     files = save(encoder, work.folder)
+    artifact.sweep(work.folder)  # what a worker that was killed has left half written
     kept = [entry.name for entry in work.folder.list(checkpoints.FOLDER)]
     for name in (checkpoints.LOG, *kept):
         with work.folder.local(name) as path:

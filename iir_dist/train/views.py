@@ -79,6 +79,7 @@ class Stream:
         if step != self._step:
             self._start(step)
         count = len(self._plan(step))
+        self._step = step if count else step + 1
         for i in range(count):
             chunk = next(self._chunks)
             if isinstance(chunk, str):
@@ -89,11 +90,12 @@ class Stream:
 
     def _start(self, step: int) -> None:
         keys = _Plan(self._plan, step, self._stop)
+        # A generator of its own: a start would else draw from that which seeds the step.
         options: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if self._loaders else {}
         self._chunks = iter(
             DataLoader(
                 self._dataset, batch_sampler=keys, collate_fn=_collate, num_workers=self._loaders,
-                pin_memory=torch.cuda.is_available(), **options,
+                pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **options,
             )
         )  # fmt: skip
 

@@ -85,6 +85,6 @@ def test_memory_holds_one_chunk_of_graph() -> None:
         return z
 
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    three_stage(embed, lambda: x.split(8), torch.arange(64) % 5, partial(loss_and_gradient, QuantizedAP()))
+    three_stage(embed, lambda: x.split(8), torch.arange(64) % 5, partial(loss_and_gradient, QuantizedAP()), 4)
     assert graph_sizes == [8] * 8
     assert weight.grad is not None

@@ -122,7 +122,7 @@ def test_a_memory_changes_later_steps_and_travels_in_the_checkpoint(photos: Phot
 )  # fmt: skip
 def test_every_kind_of_batch_trains(photos: Photos, encoder: Path, batches: dict[str, Any]) -> None:
     task = task_of(photos, encoder, batches=batches)
-    assert task.images_per_step() == 8
+    assert task.images_per_step(0) == 8
     assert gradient(task)["encoder.pool.p"].isfinite()
     names = task.names(0, [0, 3])
     assert names == [photos[int(n)].name for n in task.sampler.batch(0)[[0, 3]]]
@@ -170,3 +170,34 @@ def test_a_loss_that_learns_counts_its_gradient_once(
     other = task_of(photos, encoder, loss={"name": "arcface"})
     monkeypatch.undo()
     assert "loss.weight" not in gradient(other) or not gradient(other)["loss.weight"].any()
+
+
+def test_the_gradient_of_a_loss_that_learns_is_scaled_too(photos: Photos, encoder: Path) -> None:
+    one, many = (gradient(task_of(photos, encoder, loss={"name": "arcface"}), scale=scale) for scale in (1.0, 64.0))
+    assert torch.allclose(64 * one["loss.weight"], many["loss.weight"], rtol=1e-5)
+    assert torch.allclose(64 * one["encoder.pool.p"], many["encoder.pool.p"], rtol=1e-4)
+
+
+def test_a_worker_may_have_no_share(photos: Photos, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iir_dist.train import collectives
+
+    task = task_of(photos, encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(collectives, "world_size", lambda: 99)
+        patch.setattr(collectives, "gather", lambda x: (x, 0))
+        assert gradient(task)["loss"] == 0.0
+        assert task.stream._step == 1
+
+
+def test_a_projection_wider_than_its_sample_starts_the_same_whatever_the_rounding() -> None:
+    from iir_dist.models.encoder import EncoderConfig, centre, create, project
+
+    v = torch.nn.functional.normalize(torch.rand(40, 512, generator=torch.Generator().manual_seed(0)), dim=1)
+    found = []
+    for noise in (0.0, 1e-7):
+        network = project(create(EncoderConfig(backbone="resnet18", weights="random")), 100)
+        centre(network, v + noise * torch.randn(v.shape, generator=torch.Generator().manual_seed(1)))
+        assert network.projection is not None
+        found.append(network.projection.weight.detach())
+    assert torch.allclose(found[0], found[1], atol=1e-3)
+    assert torch.allclose(found[0] @ found[0].T, torch.eye(100), atol=1e-5)

@@ -50,6 +50,22 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, ray_session: None) -> No
     assert 4 <= int(second) <= 5
 
 
+def test_an_error_of_one_worker_does_not_leave_the_others_waiting(tmp_path: Path, ray_session: None) -> None:
+    def body(arguments: dict[str, Any], on_step: Any) -> None:
+        from iir_dist.errors import TrainingError
+        from iir_dist.train import collectives
+
+        with open(f"{arguments['log']}-{collectives.rank()}", "a") as file:
+            file.write("x")
+        if collectives.rank() == 1:
+            raise TrainingError("photo 'a' cannot be decoded")
+        collectives.barrier()
+
+    with pytest.raises(TrainingError, match="photo 'a' cannot be decoded"):
+        launch.launch(body, {"log": str(tmp_path / "log")}, what="toy", steps=10, workers=2)
+    assert (tmp_path / "log-1").read_text() == "x"
+
+
 def test_errors_of_ours_come_back_at_once(tmp_path: Path, ray_session: None) -> None:
     def body(arguments: dict[str, Any], on_step: Any) -> None:
         from iir_dist.errors import TrainingError
@@ -180,5 +196,33 @@ def test_what_cannot_be_trained_on(
         big = pretrain.PretrainConfig.model_validate({**PRETRAIN, "batch": 500})
         pretrain.run([str(images / "unlabelled")], str(tmp_path / "b"), big)
     whiten.run(str(embeddings / "distractors"), str(encoder), str(tmp_path / "w"), whiten.WhitenConfig(dim=4))
+    with pytest.raises(ConfigError, match=r"optim\.rates freezes the whole encoder"):
+        frozen = FinetuneConfig.model_validate(
+            {**FINETUNE, "loss": {"name": "arcface"}, "optim": {"rates": {"encoder.*": 0}}}
+        )
+        finetune.run([str(images / "train")], str(encoder), str(tmp_path / "d"), frozen)
     with pytest.raises(ConfigError, match="is whitened; fine-tune the encoder that it was made from"):
         finetune.run([str(images / "train")], str(tmp_path / "w"), str(tmp_path / "c"), config)
+
+
+def test_force_begins_an_unfinished_training_anew(
+    images: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    config = FinetuneConfig.model_validate(FINETUNE)
+
+    def stops(self: Any, number: int, scale: float) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number, scale)
+
+    step = FinetuneTask.step
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTask, "step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run([str(images / "train")], str(encoder), str(tmp_path / "e"), config)
+    assert (tmp_path / "e" / "checkpoints" / "00000002.pt").exists()
+    other = FinetuneConfig.model_validate(FINETUNE | {"steps": 1})
+    manifest = finetune.run([str(images / "train")], str(encoder), str(tmp_path / "e"), other, force=True)
+    assert manifest.counts["steps"] == 1
+    assert [path.name for path in (tmp_path / "e" / "checkpoints").iterdir()] == ["00000001.pt"]

@@ -49,7 +49,7 @@ class ToyTask:
         self.steps: list[int] = []
         self.validated: list[Tensor] = []
 
-    def images_per_step(self) -> int:
+    def images_per_step(self, step: int) -> int:
         return 12
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:

@@ -38,7 +38,7 @@ def gradients(loss: str, mode: str) -> dict[str, Tensor]:
         return F.normalize(net(chunk), dim=1)
 
     if mode == "three_stage":
-        outcome = three_stage(embed, lambda: x[start:stop].split(CHUNK), labels[start:stop], objective)
+        outcome = three_stage(embed, lambda: x[start:stop].split(CHUNK), labels[start:stop], objective, 5)
     else:
         outcome = one_pass(embed(x[start:stop]), labels[start:stop], objective)
     collectives.sum_gradients(net.parameters())
