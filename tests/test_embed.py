@@ -178,6 +178,7 @@ def test_whitening_whitens(embeddings: Path) -> None:
     assert np.allclose(turned.matrix @ turned.matrix.T, np.eye(6), atol=1e-8)
 
 
+@pytest.mark.slow  # test_embed_faults kills at a random moment
 def test_kill_and_rerun_gives_the_same_rows(images: Path, tmp_path: Path, killed: Killed) -> None:
     """Bit for bit: what is computed together is decided by the shard, not by who computes it."""
     encoder = str(tmp_path / "encoder")

@@ -308,6 +308,7 @@ def test_real_photos_from_tar_zip_and_loose_objects_give_the_same_rows(
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
+@pytest.mark.slow  # test_ingest_faults kills at a random moment
 def test_kill_and_rerun_gives_the_same_rows(tmp_path: Path, ray_session: None, killed: Killed) -> None:
     source = tmp_path / "photos.tar"
     with tarfile.open(source, "w") as tar:
