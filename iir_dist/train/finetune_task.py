@@ -54,6 +54,7 @@ class FinetuneTask:
         classes = {label: number for number, label in enumerate(sorted({x for x in labels if x is not None}))}
         self.labels = np.array([classes.get(label or "", -1) for label in labels])
         self.sampler = _sampler(labels, config, tuples)
+        self._batch = functools.lru_cache(maxsize=16)(self.sampler.batch)  # asked for several times a step
         self.loss = build(config.loss, len(classes), encoder.spec.dim, config.seed)
         if isinstance(self.loss, ArcFace):  # all workers see the global batch, so one of them counts its own gradient
             self.loss.contributes = collectives.rank() == 0
@@ -87,10 +88,10 @@ class FinetuneTask:
         return collectives.gather(torch.cat(parts))[0].cpu()
 
     def images_per_step(self, step: int) -> int:
-        return len(self.sampler.batch(step))
+        return len(self._batch(step))
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:
-        batch = self.sampler.batch(step)
+        batch = self._batch(step)
         return [self.photos[int(n)].name for n in (batch[list(positions)] if positions else batch)]
 
     def validate(self) -> float | None:
@@ -117,7 +118,7 @@ class FinetuneTask:
         return outcome
 
     def _own(self, step: int) -> Any:
-        batch = self.sampler.batch(step)
+        batch = self._batch(step)
         start, stop = collectives.share_of(len(batch), collectives.rank(), collectives.world_size())
         return batch[start:stop]
 

@@ -116,7 +116,7 @@ class _Training:
                 ending.enter_context(self.board)
             while self.step < stop and not self._out_of_patience():
                 line = self._one()
-                better = self._validate(line, stop)
+                better = self._validate(line)
                 self.lines.append(json.dumps(line))
                 if self.board is not None:
                     self.board.write(line)
@@ -162,7 +162,7 @@ class _Training:
         of = "the embeddings of" if broken else "the batch is"
         return f"{quantity} is {value} at step {self.step}; {of} {shown}; lower optim.lr, or look at these images"
 
-    def _validate(self, line: dict[str, Any], stop: int) -> bool:
+    def _validate(self, line: dict[str, Any]) -> bool:
         """Add the held-out mAP to the step's line where one is due; whether it is the best so far."""
         every = self.run.validate_every
         if every is None or not (self.step % every == 0 or self.step == self.run.steps):
