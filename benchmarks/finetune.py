@@ -5,7 +5,7 @@ step    seconds of a step of three-stage backpropagation against its arithmetic,
 memory  peak memory of the process at batches of 256 and of 4,096 images, the same network and chunks
 gain    exact search on wonders11 with EfficientNet-Lite0 before and after fine-tuning on train19, three seeds, without and
         with PCA whitening; needs --data, takes a while (--config FILE, --seeds N)
-losses  the same after an equal budget of images, loss by batch size, one seed; needs --data
+losses  the same, 224 px, after an equal budget of images at 128 px: loss by batch size, one seed; needs --data
 
 What is timed alternates, medians are given. Batches of `step` and `memory` are synthetic photos, read, decoded and augmented
 as in any training.
@@ -182,8 +182,8 @@ class Chain:
     def at(self, name: str) -> str:
         return str(self.folder / name)
 
-    def finetune(self, name: str, config: Path, **settings: object) -> None:
-        self.iir("finetune", self.at("images/train"), "--init", self.at("encoder/lite0"), "--config", config,
+    def finetune(self, name: str, *config: object, **settings: object) -> None:
+        self.iir("finetune", self.at("images/train"), "--init", self.at("encoder/lite0"), *config,
                  "--test", self.at("images/bench"), out=f"encoder/{name}", **settings)  # fmt: skip
 
     def measure(self, name: str, whitened: bool) -> str:
@@ -213,7 +213,7 @@ def gain(folder: Path, data: Path, config: Path, seeds: int, size: int) -> None:
     print(f"\n{config.name}, embedded at {size} px\n")
     print("| whitening | seed | before | after | difference (95 %) |\n|---|---:|---:|---:|---|")
     for seed in range(seeds):
-        chain.finetune(f"ap-{seed}", config, seed=seed)
+        chain.finetune(f"ap-{seed}", "--config", config, seed=seed)
     for whitened in (False, True):
         before = chain.measure("lite0", whitened)
         for seed in range(seeds):
@@ -224,9 +224,10 @@ def gain(folder: Path, data: Path, config: Path, seeds: int, size: int) -> None:
                   f"{level.difference:+.3f} ({low:+.3f} to {high:+.3f}) |", flush=True)  # fmt: skip
 
 
-def losses(folder: Path, data: Path, config: Path, images: int, size: int) -> None:
-    chain = Chain(folder, data, size)
-    print(f"\n{images} images each, embedded at {size} px, mAP before: {map_of(chain.measure('lite0', False)):.3f}\n")
+def losses(folder: Path, data: Path, images: int) -> None:
+    """The rate grows with the square root of the batch, as is usual for Adam; all else is equal."""
+    chain = Chain(folder, data, 224)
+    print(f"\n{images} images each; mAP before: {map_of(chain.measure('lite0', False)):.3f}\n")
     batches = (36, 72, 288)
     print("| loss | " + " | ".join(f"{b} a batch" for b in batches) + " |\n|---|" + "---:|" * len(batches))
     for title, loss in ARMS.items():
@@ -234,8 +235,11 @@ def losses(folder: Path, data: Path, config: Path, images: int, size: int) -> No
         for batch in batches:
             name = f"{title}-{batch}".replace(" ", "").replace(",", "").replace("+", "")
             settings = {f"loss.{key}": value for key, value in loss.items()}
-            settings |= {"batches.classes": 18, "batches.per_class": batch // 18, "steps": images // batch}
-            chain.finetune(name, config, **settings)
+            settings |= {
+                "batches.classes": 18, "batches.per_class": batch // 18, "steps": images // batch, "size": 128,
+                "projection": 1280, "chunk": 18, "optim.lr": 1e-4 * (batch / 72) ** 0.5,
+            }  # fmt: skip
+            chain.finetune(name, **settings)
             row.append(f"{map_of(chain.measure(name, False)):.3f}")
         print(f"| {title} | " + " | ".join(row) + " |", flush=True)
 
@@ -248,8 +252,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with wonders11.tar and train19.tar")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "jobs/configs/ap_lite0_cpu.toml")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=5184, help="of losses: images that each training sees")
-    parser.add_argument("--size", type=int, default=320, help="px at which wonders11 is embedded")
+    parser.add_argument("--images", type=int, default=2592, help="of losses: images that each training sees")
+    parser.add_argument("--size", type=int, default=320, help="of gain: px at which wonders11 is embedded")
     parser.add_argument("--work", type=Path, help="folder for what is made; it is kept and used again")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
@@ -267,7 +271,7 @@ def main() -> None:
                 case "gain":
                     gain(folder, options.data, options.config, options.seeds, options.size)
                 case "losses":
-                    losses(folder, options.data, options.config, options.images, options.size)
+                    losses(folder, options.data, options.images)
                 case _:
                     parser.error(f"{part!r} is none of step, memory, gain, losses")
 
