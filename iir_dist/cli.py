@@ -171,14 +171,16 @@ def encoder(config: Any, out: str, force: bool) -> None:
     _done(out, run(out, config, force=force), "parameters")
 
 
-@stage("pretrain", "iir_dist.train.pretrain:PretrainConfig")
+@stage("pretrain", "iir_dist.train.pretrain_config:PretrainConfig")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
+@click.option("--init", metavar="ENCODER", help="Encoder to go on from, in place of [pretrain.encoder].")
+@click.option("--probe", metavar="IMAGES", help="Photos with ground truth or labels to search while training.")
 @out
-def pretrain(config: Any, images: tuple[str, ...], out: str, force: bool) -> None:
-    """Contrastive pretraining (SimCLR) on images/; labels are not used."""
+def pretrain(config: Any, images: tuple[str, ...], init: str | None, probe: str | None, out: str, force: bool) -> None:
+    """Self-supervised pretraining (SimCLR, MoCo, BYOL, SwAV, DINO, ...) on images/; labels are not used."""
     from iir_dist.train.pretrain import run
 
-    _done(out, run(list(images), out, config, force=force), "images", "steps")
+    _done(out, run(list(images), out, config, init=init, probe=probe, force=force), "images", "steps")
 
 
 @stage("finetune", "iir_dist.train.finetune_config:FinetuneConfig")

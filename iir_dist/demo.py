@@ -98,6 +98,7 @@ def run(
     from iir_dist.train import finetune, pretrain
     from iir_dist.train.finetune_config import ClassBatches, FinetuneConfig
     from iir_dist.train.optim import Optimization
+    from iir_dist.train.pretrain_config import PretrainConfig
 
     started = time.monotonic()
     root = Path(out).expanduser().absolute()
@@ -121,7 +122,7 @@ def run(
     make_encoder(at("encoders", "classifier"), EncoderConfig(backbone="efficientnet_lite0", size=224), force=force)
     pretrain.run(
         [at("images", "unlabelled"), at("images", "train")], at("encoders", "contrastive"),
-        pretrain.PretrainConfig(
+        PretrainConfig(
             encoder=EncoderConfig(backbone="resnet18", weights="random", size=128), crop=64, batch=64,
             steps=config.pretrain_steps, workers=config.workers, checkpoint_every=10,
             optim=Optimization(optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup_steps=5),

@@ -105,8 +105,14 @@ TURNS = {
 """EXIF orientation to what makes the image upright."""
 
 
-def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, least: int | None = None) -> Image.Image:
     """The upright sRGB image in `data`, without metadata.
+
+    Args:
+        data: of the file.
+        max_megapixels: of the file, whatever size it is decoded at.
+        least: a JPEG may be decoded at 1/2, 1/4 or 1/8 (sides rounded up), the smallest at which its shorter side has
+            that many px; other formats are decoded in full.
 
     Raises:
         ImageError: with one of `REASONS`; nothing else, whatever the bytes are.
@@ -125,6 +131,8 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
                 raise ImageError("too_large", f"{width} x {height} px, allowed are {MAX_SIDE} px a side")
             if kind == "PNG":  # while decoding, Pillow skips the checksums of the pixels and does not miss the end
                 Image.open(io.BytesIO(data), formats=[kind]).verify()
+            if least is not None:
+                image.draft(None, (least, least))  # the smallest scale at which both sides have as much; JPEG only
             image.load()
             return _srgb(_upright(image))
     except ImageError:

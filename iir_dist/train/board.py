@@ -43,7 +43,7 @@ class Board:
     def write(self, line: dict[str, Any]) -> None:
         """The numbers of one step, as in the log."""
         for name, value in line.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, (int, float)):
                 self._writer.write_event(Event(wall_time=time.time(), step=line["step"], summary=scalar(name, value)))
 
     def publish(self) -> None:

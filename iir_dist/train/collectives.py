@@ -87,20 +87,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             p.grad = part.reshape(p.shape).clone()
 
 
-def average_buffers(module: nn.Module) -> None:
-    """Replace the running means and variances of layers in training mode by their mean over the workers.
-
-    Frozen ones are equal everywhere and stay bit for bit what they are.
-    """
-    if world_size() == 1:
-        return
-    for layer in module.modules():
-        for buffer in layer.buffers(recurse=False) if layer.training else ():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer.div_(world_size())
-
-
 def barrier() -> None:
     """Wait for all workers."""
     if world_size() > 1:

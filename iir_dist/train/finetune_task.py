@@ -94,8 +94,8 @@ class FinetuneTask:
         batch = self._batch(step)
         return [self.photos[int(n)].name for n in (batch[list(positions)] if positions else batch)]
 
-    def validate(self) -> float | None:
-        return self.held_out.mean_average_precision(self.encoder, self.device) if self.held_out else None
+    def validate(self) -> dict[str, Any] | None:
+        return {"map": self.held_out.mean_average_precision(self.encoder, self.device)} if self.held_out else None
 
     def step(self, step: int, scale: float) -> Outcome:
         own = self._own(step)

@@ -50,8 +50,8 @@ class Task(Protocol):
         """Names of the photos at these positions of the global batch (all for an empty sequence), for messages."""
         ...
 
-    def validate(self) -> float | None:
-        """Retrieval mAP of the model as it is on a held-out set, the same on every worker; None without such a set."""
+    def validate(self) -> dict[str, Any] | None:
+        """Figures of the model as it is on a held-out set, `map` (retrieval mAP) among them; None without such a set."""
         ...
 
 
@@ -65,6 +65,7 @@ class Run:
         checkpoint_every, validate_every: steps.
         patience: validations without a better one after which the training ends.
         keep: newest checkpoints that stay.
+        keep_best: the best validated weights are kept apart, and are the result.
         tensorboard: folder or s3:// address for TensorBoard's files.
     """
 
@@ -76,6 +77,7 @@ class Run:
     validate_every: int | None = None
     patience: int | None = None
     keep: int = 2
+    keep_best: bool = True
     precision: Precision = "float32"
     tensorboard: str | None = None
 
@@ -130,7 +132,7 @@ class _Training:
         clock = time.monotonic()
         step, run, task = self.step, self.run, self.task
         rate = run.optim.rate(step, run.steps)
-        set_rate(self.optimizer, rate)
+        set_rate(self.optimizer, rate, run.optim.lr)
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(seed_of(run.seed, step, collectives.rank()))  # dropout and the like, equal after a resume
         outcome = task.step(step, float(self.scaler.scale(torch.ones((), device=self.parameters[0].device))))
@@ -168,10 +170,11 @@ class _Training:
         if every is None or not (self.step % every == 0 or self.step == self.run.steps):
             return False
         with self._averaged():
-            value = self.task.validate()
-        if value is None:
+            found = self.task.validate()
+        if found is None:
             return False
-        line["val_map"] = value = collectives.first(value)
+        line |= {f"val_{key}": value for key, value in found.items()}
+        line["val_map"] = value = collectives.first(found["map"])
         better = bool(value > self.best["map"])
         if better:
             self.best = {"step": self.step, "map": value, "since": 0}
@@ -196,8 +199,7 @@ class _Training:
         return self.run.patience is not None and bool(self.best["since"] >= self.run.patience)
 
     def _save(self, better: bool) -> None:
-        """Worker 0 writes; running statistics are averaged first, so that no worker's are lost."""
-        collectives.average_buffers(self.task.model)
+        """Worker 0 writes: weights, buffers and state are the same everywhere."""
         if collectives.rank() != 0:
             return
         if self.board is not None:
@@ -209,7 +211,8 @@ class _Training:
             "task": self.task.state.state_dict() if self.task.state is not None else None, "best": dict(self.best),
         }  # fmt: skip
         best = {"step": self.step, "map": self.best["map"], "model": self.average.state if self.average else model}
-        self.writer.save(self.step, state, ("\n".join(self.lines) + "\n").encode(), best if better else None)
+        kept = best if better and self.run.keep_best else None
+        self.writer.save(self.step, state, ("\n".join(self.lines) + "\n").encode(), kept)
 
     def _restore(self) -> int:
         step = checkpoints.latest(self.folder)
@@ -239,4 +242,5 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 def _note(line: dict[str, Any]) -> str:
     held_out = f", held-out mAP {line['val_map']:.3f}" if "val_map" in line else ""
+    held_out += f"; {line['val_warning']}" if line.get("val_warning") else ""
     return f"loss {line['loss']:.3f}, batch AP {line['ap']:.3f}, {line['images_per_sec']:.1f} images/s{held_out}"

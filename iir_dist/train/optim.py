@@ -35,6 +35,10 @@ class Optimization(BaseModel):
     """Largest L2 norm of the gradient of the global loss; longer ones are shortened to it."""
     rates: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Multiplier of the rate by pattern of the parameter's name, such as {"encoder.pool.p" = 10}; 0 freezes."""
+    vectors: float = Field(1.0, gt=0)
+    """Further multiplier of the rate of biases and norms (0.024 in Barlow Twins)."""
+    unscheduled: tuple[str, ...] = ()
+    """Patterns of names whose rate stays at `lr`, times its multiplier (SimSiam's predictor)."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights (0.999, say), which is then what is validated and kept."""
 
@@ -90,24 +94,27 @@ def build_optimizer(model: nn.Module, optim: Optimization) -> torch.optim.Optimi
         ConfigError: a pattern of `rates` fits no parameter, or nothing is left to train.
     """
     named = list(model.named_parameters())
-    for pattern in optim.rates:
+    for key, pattern in [*(("rates", p) for p in optim.rates), *(("unscheduled", p) for p in optim.unscheduled)]:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             raise ConfigError(
-                f"optim.rates: {pattern!r} fits no parameter; there are, for example, "
+                f"optim.{key}: {pattern!r} fits no parameter; there are, for example, "
                 f"{', '.join(name for name, _ in named[:2] + named[-2:])}"
             )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, p in named:
         multiplier = optim.multiplier(name)
         if multiplier == 0:
             p.requires_grad_(False)
         if p.requires_grad:
-            groups.setdefault((multiplier, optim.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+            scheduled = not any(fnmatchcase(name, pattern) for pattern in optim.unscheduled)
+            vector = p.ndim < 2
+            group = (multiplier * (optim.vectors if vector else 1.0), 0.0 if vector else optim.weight_decay, scheduled)
+            groups.setdefault(group, []).append(p)
     if not groups:
         raise ConfigError("optim.rates freezes every parameter; leave one to train")
     parts = [
-        {"params": params, "weight_decay": decay, "multiplier": multiplier}
-        for (multiplier, decay), params in groups.items()
+        {"params": params, "weight_decay": decay, "multiplier": multiplier, "scheduled": scheduled}
+        for (multiplier, decay, scheduled), params in groups.items()
     ]
     match optim.optimizer:
         case "sgd":
@@ -120,10 +127,10 @@ def build_optimizer(model: nn.Module, optim: Optimization) -> torch.optim.Optimi
             return torch.optim.Adam(parts, lr=optim.lr)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group, each times its multiplier."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
+    """Set the learning rate of every group, each times its multiplier; of those without a schedule, to the peak."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["multiplier"]
+        group["lr"] = (rate if group["scheduled"] else peak) * group["multiplier"]
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -19,9 +19,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
-    """Fill the encoder from the state of a trained model that holds it as `encoder`."""
-    prefix = "encoder."
+def load_weights(encoder: Encoder, weights: dict[str, Tensor], name: str = "encoder") -> None:
+    """Fill the encoder from the state of a trained model that holds it under that name."""
+    prefix = f"{name}."
     encoder.load_state_dict({n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)})
 
 

@@ -1,7 +1,8 @@
 """Views of photos for training: decoded and augmented ahead by other processes, the same whoever makes them.
 
-A view is a function of (photo, seed) and nothing else, so the two passes of three-stage backpropagation, a resumed run,
-and any number of workers and loaders see the same pixels. Pixels travel as bytes; they become floats on the device.
+A view is a function of (photo, recipe, seed) and nothing else, so the two passes of three-stage backpropagation, a
+resumed run, and any number of workers and loaders see the same pixels. All views of a photo in a chunk are made from one
+decoding. Pixels travel as bytes; they become floats on the device.
 """
 
 from __future__ import annotations
@@ -20,53 +21,72 @@ from iir_dist.data.images import decode
 from iir_dist.errors import ImageError, TrainingError
 
 
-def decoded(photos: Photos, number: int) -> Image.Image:
-    """A photo, upright RGB. Raises `TrainingError`."""
+def decoded(photos: Photos, number: int, least: int | None = None) -> Image.Image:
+    """A photo, upright RGB; `least` as in `decode`. Raises `TrainingError`."""
     photo = photos[number]
     try:
-        return decode(photo.data)
+        return decode(photo.data, least=least)
     except ImageError as error:  # it decoded at ingest, so the stored bytes or the machine changed
         raise TrainingError(f"photo {photo.name!r} cannot be decoded: {error}; run iir verify on the images") from None
 
 
 class Key(NamedTuple):
-    """One view of one photo."""
+    """One view of one photo; `view` chooses the recipe."""
 
     number: int
     seed: int
+    view: int = 0
 
 
-class _Views(Dataset[Tensor | str]):
-    """Key -> (3, S, S) uint8, or what is wrong as a string: an exception would arrive wrapped in a traceback."""
+class _Views(Dataset[Tensor]):
+    """Keys -> as many (3, S, S) uint8."""
 
-    def __init__(self, photos: Photos, view: View) -> None:
-        self.photos, self.view = photos, view
+    def __init__(self, photos: Photos, views: Sequence[View]) -> None:
+        self.photos, self.views = photos, views
 
-    def __getitem__(self, key: Key) -> Tensor | str:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Tensor] | str:
+        """Of a chunk's keys, in their order; or what is wrong: an exception would arrive wrapped in a traceback."""
+        # Views of a photo that ask for one scale share a decoding; nothing else about the others may matter to a view.
+        alike: dict[tuple[int, int | None], list[int]] = {}
+        for position, key in enumerate(keys):
+            alike.setdefault((key.number, self.views[key.view].least), []).append(position)
+        made: dict[int, Tensor] = {}
         try:
-            return self.view(decoded(self.photos, key.number), key.seed)
+            for (number, least), positions in alike.items():
+                image = decoded(self.photos, number, least)
+                for position in positions:
+                    key = keys[position]
+                    made[position] = self.views[key.view](image, key.seed)
+                del image  # before the next is decoded: one at a time is held
         except TrainingError as error:
             return str(error)
+        return [made[position] for position in range(len(keys))]
 
 
-def _collate(parts: list[Tensor | str]) -> Tensor | str:
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    return torch.stack(tensors) if len(tensors) == len(parts) else next(p for p in parts if isinstance(p, str))
+def _collate(chunk: list[Tensor] | str) -> Tensor | str:
+    return chunk if isinstance(chunk, str) else torch.stack(chunk)
 
 
 class Stream:
     """The chunks of views of one step after another.
 
     Args:
-        plan: step -> its chunks, each a list of keys; called ahead.
+        view: one for all keys, or those that `Key.view` counts.
+        plan: step -> its chunks, each a list of keys of one size; called ahead.
         stop: the first step that is not planned.
         loaders: processes that decode; with 0 it is done here, when a chunk is asked for.
     """
 
     def __init__(
-        self, photos: Photos, view: View, plan: Callable[[int], Sequence[Sequence[Key]]], stop: int, loaders: int
+        self,
+        photos: Photos,
+        view: View | Sequence[View],
+        plan: Callable[[int], Sequence[Sequence[Key]]],
+        stop: int,
+        loaders: int,
     ) -> None:
-        self._dataset, self._plan, self._stop, self._loaders = _Views(photos, view), plan, stop, loaders
+        self._dataset = _Views(photos, view if isinstance(view, Sequence) else [view])
+        self._plan, self._stop, self._loaders = plan, stop, loaders
         self._chunks: Iterator[Tensor | str] = iter(())
         self._step: int | None = None
 

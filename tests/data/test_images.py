@@ -102,6 +102,41 @@ def test_the_pixel_bound_is_the_callers() -> None:
         images.decode(encode(gradient()), max_megapixels=0.0007)
 
 
+@pytest.mark.parametrize(("least", "size"), [
+    (None, (202, 149)), (75, (202, 149)), (74, (101, 75)), (38, (101, 75)), (37, (51, 38)), (19, (51, 38)), (18, (26, 19)),
+    (1, (26, 19)),
+])  # fmt: skip
+def test_a_jpeg_is_decoded_as_small_as_may_be(least: int | None, size: tuple[int, int]) -> None:
+    image = photo(202, 149)
+    for mode in ("RGB", "L", "CMYK"):
+        data = encode(image.convert(mode), "JPEG", quality=95)
+        small = images.decode(data, least=least)
+        assert (small.mode, small.size) == ("RGB", size)
+        times = round(202 / size[0])
+        whole = np.asarray(images.decode(data), float)[: 149 // times * times, : 202 // times * times]
+        means = whole.reshape(149 // times, times, 202 // times, times, 3).mean(axis=(1, 3))
+        assert np.abs(np.asarray(small, float)[: 149 // times, : 202 // times] - means).mean() < 1.5
+    assert images.decode(encode(image), least=least).size == image.size  # a PNG
+
+
+def test_smaller_decoding_keeps_the_rules() -> None:
+    wide = np.asarray(images.decode(encode(photo(160, 120), "JPEG", icc_profile=WIDE), least=15), int)
+    whole = images.decode(encode(photo(160, 120), "JPEG", icc_profile=WIDE)).resize((20, 15), Image.Resampling.BOX)
+    plain = images.decode(encode(photo(160, 120), "JPEG")).resize((20, 15), Image.Resampling.BOX)
+    assert np.abs(wide - np.asarray(whole, int)).mean() < 2
+    assert np.abs(wide - np.asarray(plain, int)).mean() > 5  # the profile does tell
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned = encode(photo(160, 120), "JPEG", exif=exif)
+    assert images.decode(turned, least=15).size == (15, 20)
+    second = encode(photo(160, 120), "MPO", photo(80, 60))
+    assert images.decode(second, least=15).size == (20, 15)
+    with pytest.raises(ImageError, match="truncated"):
+        images.decode(encode(photo(160, 120), "JPEG")[:-300], least=15)
+    with pytest.raises(ImageError, match=r"160 x 120 px, allowed are 0\.01 megapixels"):
+        images.decode(encode(photo(160, 120), "JPEG"), max_megapixels=0.01, least=15)
+
+
 @pytest.mark.parametrize(("width", "fits"), [(65_535, True), (65_536, False)])
 def test_the_longest_side_is_bounded(width: int, fits: bool) -> None:
     data = f"P5 {width} 1 255\n".encode() + bytes(width)

@@ -70,7 +70,6 @@ def test_several_workers(world: int, tmp_path: Path) -> None:
     for rank, result in enumerate(results):
         assert torch.equal(result["rows"], expected_rows)
         assert int(result["begin"]) == sum(range(rank))
-        assert result["mean"].item() == pytest.approx((world - 1) / 2)
 
 
 def test_memory_holds_one_chunk_of_graph() -> None:

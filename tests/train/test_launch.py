@@ -18,6 +18,8 @@ from iir_dist.train import finetune, launch, pretrain
 from iir_dist.train.checkpoints import LOG
 from iir_dist.train.finetune_config import FinetuneConfig
 from iir_dist.train.finetune_task import FinetuneTask
+from iir_dist.train.pretrain_config import PretrainConfig
+from iir_dist.train.pretrain_task import PretrainTask
 
 pytestmark = pytest.mark.ray
 
@@ -95,7 +97,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pretraining_on_two_workers(images: Path, tmp_path: Path) -> None:
-    config = pretrain.PretrainConfig.model_validate({**PRETRAIN, "workers": 2})
+    config = PretrainConfig.model_validate({**PRETRAIN, "workers": 2})
     sources = [str(images / "unlabelled"), str(images / "train")]
     manifest = pretrain.run(sources, str(tmp_path / "e"), config)
     assert manifest.counts == {"images": 24 + 30, "steps": 4}
@@ -142,13 +144,13 @@ def test_a_run_that_was_cut_off_equals_a_whole_one(
 
     def run(out: Path) -> None:
         if kind == "pretrain":
-            pretrain.run([str(images / "unlabelled")], str(out), pretrain.PretrainConfig.model_validate(PRETRAIN))
+            pretrain.run([str(images / "unlabelled")], str(out), PretrainConfig.model_validate(PRETRAIN))
         else:
             config = FinetuneConfig.model_validate(FINETUNE)
             finetune.run([str(images / "train")], str(encoder), str(out), config)
 
     run(tmp_path / "whole")
-    task = pretrain.PretrainTask if kind == "pretrain" else FinetuneTask
+    task = PretrainTask if kind == "pretrain" else FinetuneTask
     step = task.step
 
     def cut_off(self: Any, number: int, scale: float) -> Any:
@@ -180,7 +182,7 @@ def test_what_cannot_be_trained_on(
     with pytest.raises(InputError, match="0 classes have two or more images"):
         finetune.run([str(images / "unlabelled")], str(encoder), str(tmp_path / "a"), config)
     with pytest.raises(InputError, match=r"a batch of 500 needs at least as many images; there are 24"):
-        big = pretrain.PretrainConfig.model_validate({**PRETRAIN, "batch": 500})
+        big = PretrainConfig.model_validate({**PRETRAIN, "batch": 500})
         pretrain.run([str(images / "unlabelled")], str(tmp_path / "b"), big)
     whiten.run(str(embeddings / "distractors"), str(encoder), str(tmp_path / "w"), whiten.WhitenConfig(dim=4))
     with pytest.raises(ConfigError, match=r"optim\.rates freezes the whole encoder"):

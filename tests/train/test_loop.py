@@ -55,11 +55,11 @@ class ToyTask:
     def names(self, step: int, positions: Sequence[int]) -> list[str]:
         return [f"photo-{step}-{i}" for i in (positions or range(12))]
 
-    def validate(self) -> float | None:
+    def validate(self) -> dict[str, Any] | None:
         if not self.scores:
             return None
         self.validated.append(self.model[0].weight.detach().clone())  # type: ignore[index, union-attr, operator]
-        return self.scores[len(self.validated) - 1]
+        return {"map": self.scores[len(self.validated) - 1], "spread": 0.5, "warning": None}
 
     def step(self, step: int, scale: float) -> Outcome:
         if step == self.crash:
@@ -152,6 +152,16 @@ def test_checkpoints_are_kept_by_number_and_by_metric(tmp_path: Path) -> None:
     assert torch.equal(best["model"]["0.weight"], task.validated[1])
     assert torch.equal(checkpoints.final_weights(open_folder(tmp_path))["0.weight"], task.validated[1])
     assert [line.get("val_map") for line in log_of(tmp_path)] == [None, 0.2, None, 0.7, None, 0.4, None, 0.6]
+    assert log_of(tmp_path)[1]["val_spread"] == 0.5
+
+
+def test_the_best_is_not_kept_where_the_last_is_asked_for(tmp_path: Path) -> None:
+    task = ToyTask(scores=[0.2, 0.7, 0.4, 0.6])
+    train(task, run(validate_every=2, steps=8, keep_best=False), open_folder(tmp_path))
+    assert not (tmp_path / checkpoints.BEST).exists()
+    assert torch.equal(
+        checkpoints.final_weights(open_folder(tmp_path))["0.weight"], last(tmp_path)["average"]["0.weight"]
+    )
 
 
 def test_patience_ends_a_training_also_after_a_resume(tmp_path: Path) -> None:

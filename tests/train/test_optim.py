@@ -40,13 +40,25 @@ def test_biases_and_norms_are_not_decayed(kind: str) -> None:
 def test_rates_and_freezing_by_name() -> None:
     model = net()
     optimizer = build_optimizer(model, Optimization(lr=1.0, rates={"0.bias": 10.0, "1.*": 0.0}))
-    set_rate(optimizer, 0.5)
+    set_rate(optimizer, 0.5, peak=1.0)
     assert {tuple(p.shape): g["lr"] for g in optimizer.param_groups for p in g["params"]} == {(2, 3): 0.5, (2,): 5.0}
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]
     with pytest.raises(ConfigError, match=r"'3\.\*' fits no parameter; there are, for example, 0\.weight"):
         build_optimizer(net(), Optimization(rates={"3.*": 1.0}))
     with pytest.raises(ConfigError, match="freezes every parameter"):
         build_optimizer(net(), Optimization(rates={"*": 0.0}))
+
+
+def test_vectors_have_a_multiplier_and_some_names_no_schedule() -> None:
+    model = net()
+    optimizer = build_optimizer(model, Optimization(lr=1.0, vectors=0.1, unscheduled=("0.*",)))
+    set_rate(optimizer, 0.5, peak=1.0)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 1.0, "0.bias": 0.1, "1.weight": 0.05, "1.bias": 0.05
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"optim\.unscheduled: 'predictor\.\*' fits no parameter"):
+        build_optimizer(net(), Optimization(unscheduled=("predictor.*",)))
 
 
 def test_lars_is_its_formula() -> None:

@@ -57,12 +57,7 @@ def main() -> None:
         for name, value in gradients(loss, mode).items()
     }
     rows, begin = collectives.gather(torch.full((rank, 2), float(rank)))  # worker r has r rows, worker 0 none
-    net = nn.BatchNorm1d(1)
-    assert net.running_mean is not None
-    net.running_mean.fill_(rank)
-    collectives.average_buffers(net)
-    collectives.barrier()
-    torch.save({**found, "rows": rows, "begin": torch.tensor(begin), "mean": net.running_mean}, f"{sys.argv[4]}.{rank}")
+    torch.save({**found, "rows": rows, "begin": torch.tensor(begin)}, f"{sys.argv[4]}.{rank}")
     dist.destroy_process_group()
 
 
