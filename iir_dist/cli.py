@@ -178,9 +178,11 @@ def encoder(config: Any, out: str, force: bool) -> None:
 @out
 def pretrain(config: Any, images: tuple[str, ...], init: str | None, probe: str | None, out: str, force: bool) -> None:
     """Self-supervised pretraining (SimCLR, MoCo, BYOL, SwAV, DINO, ...) on images/; labels are not used."""
+    from iir_dist.mine import neighbours
     from iir_dist.train.pretrain import run
 
-    _done(out, run(list(images), out, config, init=init, probe=probe, force=force), "images", "steps")
+    manifest = run(list(images), out, config, init=init, probe=probe, find=neighbours, force=force)
+    _done(out, manifest, "images", "steps")
 
 
 @stage("finetune", "iir_dist.train.finetune_config:FinetuneConfig")

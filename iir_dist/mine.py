@@ -1,18 +1,20 @@
-"""Mining of hard negatives by the stages themselves: draw, embed, search, choose.
+"""Mining by the stages themselves: hard negatives for fine-tuning (draw, embed, search, choose), neighbours for insclr.
 
 A round is a small retrieval experiment on the training images, so it is made of the same stages: the drawn images are
 copied into an images artifact, `embed` embeds them, `search` ranks them for every query, exactly or, where they are
 many, by an index. All of them go on after an interruption; the last, the table of tuples, is written when the others
 are done, and then these are deleted. Copying costs reading and writing the drawn images once, beside which embedding
-all images of the set to use a part of them would cost most.
+all images of the set to use a part of them would cost most. For neighbours all images are embedded and searched for;
+they are copied only where they are of several artifacts, whose ids would be the same.
 
-Fine-tuning is given `mine` by its caller, because stages do not import each other.
+Trainings are given `mine` and `neighbours` by their caller, because stages do not import each other.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,13 +32,16 @@ from iir_dist.index.plan import IndexConfig
 from iir_dist.progress import Progress
 from iir_dist.storage import Folder, open_folder
 from iir_dist.train.mining import Drawn, MiningConfig, depth, draw, nearest_of_other_classes, random_positives
+from iir_dist.train.neighbours import schema as neighbours_schema
 from iir_dist.vectors import F32, I64
 
 log = logging.getLogger(__name__)
 
-FILE = "tuples.parquet"
+FILE, NEIGHBOURS = "tuples.parquet", "neighbours.parquet"
 POOL, EMBEDDINGS, QUERIES, INDEX, RANKINGS = "pool", "embeddings", "queries", "index", "rankings"
 """Folders of a round that are deleted when it is done."""
+ROWS_PER_GROUP = 2**14
+"""Of the table of neighbours."""
 
 
 def schema(negatives: int) -> pa.Schema:
@@ -123,26 +128,23 @@ def _round(
     drawn = draw(stored.names, [None if x in config.without else x for x in stored.labels], config.round, config)
     log.info("mine: round %d, %d queries among %d images", config.round, len(drawn.queries), len(drawn.searched))
 
-    def at(name: str) -> str:
-        return folder.child(name).uri
-
-    _write_pool(at(POOL), job.inputs["images"], stored, drawn.searched, config)
-    embed.run(at(POOL), encoder, at(EMBEDDINGS), embedding)
-    vectors = open_embeddings(at(EMBEDDINGS))
+    pool = folder.child(POOL).uri
+    settings = _Drawing(
+        round=config.round, queries=config.queries, pool=config.pool, seed=config.seed, without=config.without
+    )  # fmt: skip
+    _write_pool(pool, job.inputs["images"], stored, drawn.searched, settings)
+    embed.run(pool, encoder, folder.child(EMBEDDINGS).uri, embedding)
+    vectors = open_embeddings(folder.child(EMBEDDINGS).uri)
     queries, xq = _write_queries(folder.child(QUERIES), vectors, drawn.queries)
-    database = at(EMBEDDINGS)
-    if len(drawn.searched) > config.exact_rows:
-        build.run([database], at(INDEX), IndexConfig(seed=config.seed))
-        database = at(INDEX)
-    search.run([database], [at(QUERIES)], at(RANKINGS), search.SearchConfig(k=depth(drawn, config.negatives)))
+    _rank(folder, depth(drawn, config.negatives), exact=len(drawn.searched) <= config.exact_rows, seed=config.seed)
     positives = dict(
         zip(drawn.queries.tolist(), random_positives(drawn, config.round, config.seed).tolist(), strict=True)
     )
     if config.positive == "hardest":
         positives |= _hardest(vectors, queries, xq, drawn.classes)
-    table = _tuples(at(RANKINGS), drawn, positives, stored.names, config.negatives)
-    lost = len(drawn.queries) - len(table)
-    if not len(table):
+    tuples = _tuples(folder.child(RANKINGS).uri, drawn, positives, stored.names, config.negatives)
+    lost = len(drawn.queries) - len(tuples)
+    if not len(tuples):
         raise InputError(
             f"none of {lost} queries has {config.negatives} negatives; ask for fewer, or for a larger mining.pool"
         )
@@ -150,22 +152,143 @@ def _round(
         log.warning(
             "mine: %d of %d queries gave no tuple: not embedded, or too few neighbours", lost, len(drawn.queries)
         )
-    mean = float(np.mean(table["negative_scores"].combine_chunks().flatten().to_numpy()))
-    log.info("mine: %d tuples, mean cosine of a negative %.3f", len(table), mean)
+    mean = float(np.mean(tuples["negative_scores"].combine_chunks().flatten().to_numpy()))
+    log.info("mine: %d tuples, mean cosine of a negative %.3f", len(tuples), mean)
     with job.folder.publish(FILE) as file:
-        pq.write_table(table, file.path, compression="zstd")
-    counts = {"tuples": len(table), "searched": len(drawn.searched), "lost": lost}
+        pq.write_table(tuples, file.path, compression="zstd")
+    counts = {"tuples": len(tuples), "searched": len(drawn.searched), "lost": lost}
     job.publish(counts, {FILE: artifact.entry_of(file)}, {"negative_cosine": round(mean, 6)})
+
+
+def _rank(folder: Folder, k: int, *, exact: bool, seed: int) -> None:
+    """A round's vectors, searched by its queries exactly or by an index."""
+    database = folder.child(EMBEDDINGS).uri
+    if not exact:
+        build.run([database], folder.child(INDEX).uri, IndexConfig(seed=seed))
+        database = folder.child(INDEX).uri
+    queries, rankings = folder.child(QUERIES).uri, folder.child(RANKINGS).uri
+    search.run([database], [queries], rankings, search.SearchConfig(k=k))
+
+
+# ------------------------------------------------------------------------------------------------ neighbours of all images
+
+
+class _Search(StageConfig):
+    """What decides the neighbours."""
+
+    candidates: int
+    exact_rows: int
+    seed: int
+    embedding: dict[str, Any]
+
+
+def neighbours(
+    images: Sequence[str],
+    encoder: str,
+    work: str,
+    *,
+    candidates: int,
+    exact_rows: int,
+    seed: int,
+    embedding: embed.EmbedConfig | None = None,
+) -> str:
+    """The nearest neighbours of every image; the address of a Parquet file of `train.neighbours.schema`.
+
+    Args:
+        images: images artifacts, in the order in which `data.cache.Photos` has them.
+        encoder: of this round.
+        work: folder of this round alone; what was cut off goes on there, what is finished is not done again.
+        candidates: neighbours of each; of a smaller set, all others.
+        exact_rows: up to so many images the search is exact; beyond, an index is built for it.
+        embedding: how to embed.
+
+    Raises:
+        InputError: there are fewer than two images, or one cannot be embedded.
+        MismatchError: the folder holds neighbours of another encoder, or others.
+    """
+    embedding = embedding or embed.EmbedConfig()
+    sources = [artifact.require(uri, "ingest") for uri in images]
+    refs = {
+        "images": artifact.combine(artifact.reference(*source) for source in sources),
+        "encoder": artifact.reference(*artifact.require(encoder, *artifact.ENCODERS)),
+    }
+    folder = open_folder(work)
+    settings = _Search(candidates=candidates, exact_rows=exact_rows, seed=seed, embedding=embedding.resolved())
+    with artifact.begin(folder.child("neighbours").uri, "mine", settings, refs) as job:
+        if job.finished is None:
+            _find(job, folder, sources, encoder, settings, embedding)
+    for name in (POOL, EMBEDDINGS, QUERIES, INDEX, RANKINGS):
+        folder.delete_all(f"{name}/")
+    return job.folder.address(NEIGHBOURS)
+
+
+def _find(
+    job: artifact.Work,
+    folder: Folder,
+    sources: Sequence[tuple[Folder, Manifest]],
+    encoder: str,
+    config: _Search,
+    embedding: embed.EmbedConfig,
+) -> None:
+    stored = Stored.read(sources)
+    n = len(stored.names)
+    if n < 2:
+        raise InputError(f"{n} images; expected two or more, to be neighbours")
+    k, everything = min(config.candidates, n - 1), np.arange(n)
+    pool = sources[0][0].uri
+    if len(sources) > 1 or not _numbered(sources[0], n):
+        pool = folder.child(POOL).uri
+        _write_pool(pool, job.inputs["images"], stored, everything, config)
+    embed.run(pool, encoder, folder.child(EMBEDDINGS).uri, embedding)
+    vectors = open_embeddings(folder.child(EMBEDDINGS).uri)
+    numbers, x = _write_queries(folder.child(QUERIES), vectors, everything)
+    if len(numbers) < n:
+        name = stored.names[np.setdiff1d(everything, numbers)[0]]
+        raise InputError(f"{n - len(numbers)} of {n} images cannot be embedded, first {name!r}; ingest without them")
+    _rank(folder, k + 1, exact=n <= config.exact_rows, seed=config.seed)  # one more, because each finds itself
+    found, cosines = np.full((n, k), -1, np.int32), np.full((n, k), np.nan, np.float32)
+    for query, ids, scores in _lists(folder.child(RANKINGS).uri):
+        others = np.flatnonzero(ids != query)[:k]
+        found[query, : len(others)], cosines[query, : len(others)] = ids[others], scores[others]
+    with job.folder.publish(NEIGHBOURS) as file:
+        _write_neighbours(file.path, stored.names, found, cosines, x[np.argsort(numbers)])
+    nearest, last = float(np.nanmean(cosines[:, 0])), float(np.nanmean(cosines[:, -1]))
+    log.info("mine: neighbours of %d images, mean cosine of the first %.3f, of number %d %.3f", n, nearest, k, last)
+    info = {"nearest_cosine": round(nearest, 6), "last_cosine": round(last, 6)}
+    job.publish({"images": n, "candidates": k}, {NEIGHBOURS: artifact.entry_of(file)}, info)
+
+
+def _numbered(source: tuple[Folder, Manifest], n: int) -> bool:
+    """Whether the ids of an images artifact, none of them a query, are its images' numbers."""
+    folder, manifest = source
+    parts = []
+    for shard in manifest.shards():
+        with folder.open(shard) as file:
+            parts.append(pq.read_table(file, columns=["id"])["id"].to_numpy())
+    return np.array_equal(np.concatenate(parts), np.arange(n))
+
+
+def _write_neighbours(path: Path, names: list[str], found: np.ndarray[Any, Any], cosines: F32, x: F32) -> None:
+    schema = neighbours_schema(found.shape[1], x.shape[1])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(names), ROWS_PER_GROUP):
+            rows = slice(start, start + ROWS_PER_GROUP)
+            lists = [
+                pa.FixedSizeListArray.from_arrays(pa.array(part[rows].ravel()), part.shape[1])
+                for part in (found, cosines, x)
+            ]
+            writer.write_table(pa.table([pa.array(names[rows]), *lists], schema=schema))
 
 
 # ------------------------------------------------------------------------------------------------ images of a round
 
 
-def _write_pool(out: str, images: InputRef, stored: Stored, searched: I64, config: _Round) -> None:
-    """The drawn images as an images artifact, a shard for each shard they come from; ids and names are their numbers."""
-    settings = _Drawing(
-        round=config.round, queries=config.queries, pool=config.pool, seed=config.seed, without=config.without
-    )  # fmt: skip
+def _write_pool(out: str, images: InputRef, stored: Stored, searched: I64, settings: StageConfig) -> None:
+    """The drawn images as an images artifact, a shard for each shard they come from; ids and names are their numbers.
+
+    Args:
+        settings: what decides which images they are.
+    """
     with artifact.begin(out, "ingest", settings, {"images": images}) as work:
         if work.finished:
             return
@@ -242,6 +365,19 @@ def _write_queries(folder: Folder, vectors: Embeddings, queries: I64) -> tuple[I
     return numbers, xq
 
 
+def _lists(rankings: str) -> Iterator[tuple[int, I64, F32]]:
+    """Each query's number with the ids and scores of its list, best first."""
+    folder, manifest = artifact.require(rankings, "search")
+    for shard in manifest.shards():
+        with artifact.verified(folder, shard, manifest.files[shard]) as path:
+            ranked = pq.read_table(path, columns=["query", "id", "score"])
+        asked = ranked["query"].cast(pa.int64()).to_numpy()
+        ids, scores = ranked["id"].to_numpy(), ranked["score"].to_numpy()
+        starts = np.flatnonzero(np.diff(asked, prepend=-1))  # lists are contiguous
+        for start, stop in zip(starts, [*starts[1:], len(asked)], strict=True):
+            yield int(asked[start]), ids[start:stop], scores[start:stop]
+
+
 # ------------------------------------------------------------------------------------------------ tuples
 
 
@@ -267,19 +403,11 @@ def _hardest(vectors: Embeddings, queries: I64, xq: F32, classes: I64) -> dict[i
 
 def _tuples(rankings: str, drawn: Drawn, positives: dict[int, int], names: list[str], negatives: int) -> pa.Table:
     """The table of `schema`; a query with too few other classes in its list is left out."""
-    folder, manifest = artifact.require(rankings, "search")
     lines = []
-    for shard in manifest.shards():
-        with artifact.verified(folder, shard, manifest.files[shard]) as path:
-            table = pq.read_table(path, columns=["query", "id", "score"])
-        asked = table["query"].cast(pa.int64()).to_numpy()
-        ids, scores = table["id"].to_numpy(), table["score"].to_numpy()
-        starts = np.flatnonzero(np.diff(asked, prepend=-1))  # lists are contiguous, best first
-        for start, stop in zip(starts, [*starts[1:], len(asked)], strict=True):
-            query = int(asked[start])
-            at = start + nearest_of_other_classes(drawn.classes[ids[start:stop]], drawn.classes[query], negatives)
-            if len(at) == negatives:
-                lines.append((query, ids[at], scores[at]))
+    for query, ids, scores in _lists(rankings):
+        at = nearest_of_other_classes(drawn.classes[ids], drawn.classes[query], negatives)
+        if len(at) == negatives:
+            lines.append((query, ids[at], scores[at]))
     lines.sort(key=lambda line: line[0])
     columns = {
         "query": [q for q, _, _ in lines], "positive": [positives[q] for q, _, _ in lines],

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from iir_dist import artifact
 from iir_dist.artifact import FileEntry, Manifest
-from iir_dist.errors import ConfigError, CorruptError, StorageError
+from iir_dist.errors import ConfigError, CorruptError, MismatchError, StorageError
 from iir_dist.storage import Folder
 from iir_dist.storage.local import local_errors
 
@@ -168,19 +168,44 @@ class Photo:
     data: pa.Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """A shard that is not opened here, and how many photos are numbered in it."""
+
+    address: str
+    count: int
+
+
 class Photos:
     """Rows of one or more images artifacts, by number; queries are left out. Pickled as paths, opened in each process.
 
+    Args:
+        counts, only: photos of every shard (`data.parts.photo_counts`), and the numbers of the shards to open, both over
+            all sources. Only these are copied; photos keep the numbers that they have among all. None: all are opened.
+
     Raises:
         CorruptError: a shard is not what its manifest says.
+        MismatchError: `counts` are of other artifacts.
         StorageError: the disk is full, or the shards and what other processes have open exceed `allowed_bytes`.
     """
 
-    def __init__(self, sources: Sequence[tuple[Folder, Manifest]]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[tuple[Folder, Manifest]],
+        counts: Sequence[int] | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
         cache = cache_folder()
-        shards = [(folder, name, manifest.files[name]) for folder, manifest in sources for name in manifest.shards()]
-        paths = [cache / f"{entry.sha256}.arrow" for _, _, entry in shards]
-        todo = dict(zip(paths, shards, strict=True))
+        every = [(folder, name, manifest.files[name]) for folder, manifest in sources for name in manifest.shards()]
+        shards: list[Path | _Elsewhere] = [cache / f"{entry.sha256}.arrow" for _, _, entry in every]
+        if only is not None:
+            if counts is None or len(counts) != len(every):
+                given = "no counts" if counts is None else f"counts of {len(counts)} shards"
+                raise MismatchError(f"{given} for images in {len(every)} shards; they changed meanwhile, run it again")
+            for number in set(range(len(every))).difference(only):
+                folder, name, _ = every[number]
+                shards[number] = _Elsewhere(folder.address(name), counts[number])
+        todo = {path: shard for path, shard in zip(shards, every, strict=True) if isinstance(path, Path)}
         with local_errors(str(cache)):
             cache.mkdir(parents=True, exist_ok=True)
             # First what is there: once open, it is not evicted to make room for what is not.
@@ -192,30 +217,48 @@ class Photos:
                 raise _too_small(cache, needed, allowed)
             for path in missing:
                 opened[path] = fill(*todo[path], path, allowed)
-        self._index(paths, opened)
+        self._index(shards, opened)
 
-    def _index(self, paths: list[Path], opened: dict[Path, list[Any] | None]) -> None:
-        self._paths = paths
-        self._batches = [batch for path in paths for batch in opened[path] or []]
+    def _index(self, shards: list[Path | _Elsewhere], opened: dict[Path, list[Any] | None]) -> None:
+        self._shards = shards
+        self._batches: list[Any] = []
+        numbered, first = [np.zeros(0, np.int64)], 0  # of each shard; -1 for a photo that is not here
+        for shard in shards:
+            if isinstance(shard, _Elsewhere):
+                numbered.append(np.full(shard.count, -1))
+                continue
+            batches = opened[shard] or []
+            split = pa.chunked_array([batch.column("split") for batch in batches], pa.string())
+            numbered.append(first + np.flatnonzero(pc.not_equal(split, "query").to_numpy()))
+            self._batches += batches
+            first += len(split)
+        self.counts: list[int] = [len(rows) for rows in numbered[1:]]
+        """Photos of every shard, opened or not."""
+        self._rows = np.concatenate(numbered)
         self._starts = np.cumsum([0, *map(len, self._batches)]).tolist()  # a list: bisect is faster there
-        self._rows = np.flatnonzero(pc.not_equal(self._column("split"), "query").to_numpy())
 
     def _column(self, name: str) -> Any:
         return pa.chunked_array([batch.column(name) for batch in self._batches], pa.string())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self._paths}
+        return {"shards": self._shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        opened = {path: _open(path) for path in state["paths"]}
+        opened = {shard: _open(shard) for shard in state["shards"] if isinstance(shard, Path)}
         gone = [path for path, batches in opened.items() if batches is None]
         if gone:
             raise StorageError(f"{gone[0]} was evicted before this process opened it; run the same command again")
-        self._index(state["paths"], opened)
+        self._index(state["shards"], opened)
 
     @functools.cached_property
     def labels(self) -> list[str | None]:
-        """Of all photos; equal labels are one object, so that a million photos cost a million pointers."""
+        """Of all photos; equal labels are one object, so that a million photos cost a million pointers.
+
+        Raises:
+            StorageError: not all shards are opened.
+        """
+        if (self._rows < 0).any():
+            raise StorageError(f"the label of {self.name(int(self._rows.argmin()))} is not here; open all shards")
         encoded = self._column("label").dictionary_encode(null_encoding="encode").combine_chunks()
         words = encoded.dictionary.to_numpy(zero_copy_only=False)
         found: list[str | None] = words[encoded.indices.to_numpy()[self._rows]].tolist()
@@ -224,8 +267,22 @@ class Photos:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def name(self, number: int) -> str:
+        """The photo's name; where its shard is not opened, its place."""
+        number = range(len(self))[number]
+        if self._rows[number] >= 0:
+            return self[number].name
+        starts = np.cumsum([0, *self.counts]).tolist()
+        at = bisect_right(starts, number) - 1
+        shard = self._shards[at]
+        assert isinstance(shard, _Elsewhere)
+        return f"photo {number} (number {number - starts[at]} of {shard.address})"
+
     def __getitem__(self, number: int) -> Photo:
+        """Raises `StorageError` where the photo's shard is not opened."""
         row = int(self._rows[number])
+        if row < 0:
+            raise StorageError(f"{self.name(number)} is not here; open that shard too")
         at = bisect_right(self._starts, row) - 1
         batch, row = self._batches[at], row - self._starts[at]
         # Not batch.column("bytes")[row]: a scalar of Arrow is a copy.

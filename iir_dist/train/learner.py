@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,15 @@ from iir_dist.train.methods.method import Method, all_views
 
 
 class Branch(nn.Module):
-    """Trunk and head: (n, 3, H, W) in [0, 1] -> (n, D)."""
+    """Trunk and head: (n, 3, H, W) in [0, 1] -> (n, D). `descriptor` as in `Method`."""
 
-    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module, *, descriptor: bool = False) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.descriptor = encoder, head, descriptor
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.descriptor:
+            return cast(Tensor, self.head(self.encoder.describe(x)))
         token, feature_map = self.encoder.trunk.tokens((x - self.encoder.mean) / self.encoder.std)
         pooled = token if self.encoder.spec.pooling == "cls" else feature_map.mean(dim=(-2, -1))
         return cast(Tensor, self.head(pooled))
@@ -37,7 +39,8 @@ class Learner(nn.Module):
 
     def __init__(self, encoder: Encoder, method: Method) -> None:
         super().__init__()
-        self.online = [Branch(encoder, method.head)]  # in a list: its parts are named below, once
+        # In a list: its parts are named below, once.
+        self.online = [Branch(encoder, method.head, descriptor=method.descriptor)]
         self.encoder, self.head, self.predictor, self.weights = encoder, method.head, method.predictor, method.weights
         self.target: Branch | None = None
         if all_views(method.passes, target=True):
@@ -45,6 +48,13 @@ class Learner(nn.Module):
             for layer in self.target.modules():
                 if isinstance(layer, _BatchNorm):
                     layer.momentum = 0.0  # its running statistics follow the trained network's, as its weights do
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but an encoder whose own descriptor is trained stays in evaluation mode."""
+        super().train(mode)
+        if self.online[0].descriptor:
+            self.encoder.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """The trained network's output."""

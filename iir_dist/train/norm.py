@@ -121,8 +121,8 @@ class GlobalBatchNorm(_BatchNorm):
         if self.running_mean is not None and self.running_var is not None:
             momentum = 0.1 if self.momentum is None else self.momentum
             with torch.no_grad():
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * (total / (total - 1)).to(var.dtype), momentum)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var.dtype), momentum)
         if self.affine:
             shape = [1, -1] + [1] * (x.ndim - 2)
             y = y * self.weight.view(shape) + self.bias.view(shape)
@@ -135,7 +135,7 @@ def globalize(model: nn.Module) -> nn.Module:
         if isinstance(child, _BatchNorm):
             new = GlobalBatchNorm(
                 child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
+            ).to(child.running_mean)
             new.load_state_dict(child.state_dict())
             setattr(model, name, new.train(child.training))
         else:

@@ -34,7 +34,7 @@ class PretrainConfig(StageConfig):
     encoder: EncoderConfig = EncoderConfig(backbone="resnet50", weights="random")
     """The network to train, and what it starts from; its `size` and `resize` are those of the probe and of later embedding."""
     method: AnyMethodConfig = SimCLRConfig()
-    """simclr, moco_v2, moco_v3, byol, simsiam, swav, barlow_twins, vicreg or dino, with its parameters."""
+    """simclr, moco_v2, moco_v3, byol, simsiam, swav, barlow_twins, vicreg, dino or insclr, with its parameters."""
     crop: int = Field(224, ge=32)
     """px of the views."""
     local_crop: int = Field(96, ge=32)
@@ -46,6 +46,9 @@ class PretrainConfig(StageConfig):
     chunk: int | None = Field(None, ge=2)
     """Photos that go through the network together, over which batch norm takes its statistics. Results depend on it and not
     on the number of workers. null: the share of one worker."""
+    parts: int = Field(1, ge=1)
+    """Pieces that the set is cut into, by shards; with one a node, each node caches its own only. Each gives its share of every
+    batch. Results depend on it and not on the number of workers, which is best a multiple of it."""
     norm: Literal["chunk", "global"] = "chunk"
     """"global": statistics over all workers (synchronized batch norm); needs chunk = null."""
     recompute: bool = False
@@ -89,6 +92,13 @@ class PretrainConfig(StageConfig):
         fewest, most = self.workers if isinstance(self.workers, tuple) else (self.workers or 1,) * 2
         if not 1 <= fewest <= most:
             raise ValueError(f"workers = {self.workers}: expected a number from 1, or [fewest, most]")
+        if self.parts > 1 and self.method.name == "insclr":
+            raise ValueError(f"insclr takes neighbours from all of the set; expected parts = 1, not {self.parts}")
+        if self.parts > 1 and self.batch // self.parts < (self.chunk or 2):
+            raise ValueError(
+                f"parts = {self.parts} leaves {self.batch // self.parts} photos of a batch of {self.batch} to each part; "
+                f"expected at least a chunk ({self.chunk or 2}): a larger batch or fewer parts"
+            )
         if self.norm == "global" and (self.chunk is not None or self.recompute):
             raise ValueError('norm = "global" takes its statistics over the whole batch; expected chunk = null')
         if self.recompute and self.chunk is None:

@@ -9,25 +9,27 @@ global batch, and equal on every worker.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from iir_dist.data.augment import seed_of, view_of
 from iir_dist.data.cache import Photos
-from iir_dist.data.sampling import I64, epoch_batch
+from iir_dist.data.sampling import I64, EpochSampler
 from iir_dist.errors import ConfigError
 from iir_dist.losses.pairwise import batch_average_precision
 from iir_dist.models.backbones import backbone
 from iir_dist.models.encoder import Encoder
 from iir_dist.train import collectives, stage
 from iir_dist.train.backprop import Outcome
+from iir_dist.train.chunks import Chunks
 from iir_dist.train.collapse import LEAST_SPREAD_OF_HEAD, Health
 from iir_dist.train.learner import Learner
 from iir_dist.train.loop import autocast
 from iir_dist.train.methods import build
 from iir_dist.train.methods.method import Context, Memory, Pass, all_views, unit
+from iir_dist.train.neighbours import Neighbours
 from iir_dist.train.norm import Running, globalize
 from iir_dist.train.pretrain_config import PretrainConfig
 from iir_dist.train.probe import Probe
@@ -45,35 +47,53 @@ class PretrainTask:
     """One step over all workers.
 
     Args:
-        photos: of all images.
+        photos: of all images; opened are at least those of this worker's parts (`Chunks.parts_of`).
         encoder: what is trained.
         probe: what is searched now and then; None: nothing.
+        neighbours: of the round that begins, of a method that has rounds.
     """
 
-    def __init__(self, photos: Photos, encoder: Encoder, config: PretrainConfig, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        photos: Photos,
+        encoder: Encoder,
+        config: PretrainConfig,
+        probe: Probe | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         self.photos, self.config, self.probe = photos, config, probe
         self.device = stage.device()
         width = backbone(encoder.spec.backbone).dim
         context = Context(
-            width, config.steps, config.crop, config.local_crop, config.min_scale, config.seed, self.device
-        )
+            width, config.steps, config.batch, config.crop, config.local_crop, config.min_scale, config.seed, self.device,
+            neighbours,
+        )  # fmt: skip
         self.method = build(config.method, context)
         learner = Learner(encoder, self.method).train()
         if config.norm == "global":
             globalize(learner)
         self.learner: Learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model: nn.Module = self.learner
-        self.running = Running(encoder, self.method.head, self.method.predictor)
+        trained = [] if self.method.descriptor else [encoder]  # whose batch norm takes statistics
+        self.running = Running(*trained, self.method.head, self.method.predictor)
         self.state: Memory | None = self.method.memory
         self.views = all_views(self.method.passes, target=False)
         self.target_views = all_views(self.method.passes, target=True)
         self._forward = torch.compile(self.learner) if config.compile else self.learner
         self._last = torch.zeros(0, 0)
-        epoch_batch(len(photos), config.batch, 0, config.seed)  # refuses a batch larger than the set
-        if len(self._cuts()) < collectives.world_size():
+        self.sampler = EpochSampler.of(photos.counts, config.parts, config.batch, config.seed)
+        self.chunks = Chunks(config.batch, config.chunk, config.parts, collectives.world_size())
+        if len(self.chunks.cuts()) < collectives.world_size():
             raise ConfigError(
-                f"a batch of {config.batch} photos in chunks of {config.chunk or 1} makes {len(self._cuts())} chunks for "
+                f"a batch of {config.batch} photos in chunks of {config.chunk or 1} makes {len(self.chunks.cuts())} chunks for "
                 f"{collectives.world_size()} workers; expected one each: a larger pretrain.batch, a smaller chunk, or fewer workers"
+            )
+        shuffled = config.norm == "chunk" and any(part.shuffled for part in self.method.passes)
+        if shuffled and config.parts > 1 and not self.chunks.shuffles():
+            share = config.batch // config.parts
+            raise ConfigError(
+                f"{config.method.name} embeds keys among other photos than their queries, and the {share} photos of a part "
+                f"are one chunk; expected two or more: pretrain.chunk of at most {share // 2}, or fewer pretrain.parts"
             )
         recipes = [view_of(recipe) for recipe in self.method.recipes]
         self.stream = Stream(photos, recipes, self._keys, config.steps, config.loaders)
@@ -83,7 +103,7 @@ class PretrainTask:
 
     def names(self, step: int, positions: Sequence[int]) -> list[str]:
         batch = self._batch(step)
-        return [self.photos[int(n)].name for n in (batch[list(positions)] if positions else batch)]
+        return [self.photos.name(int(n)) for n in (batch[list(positions)] if positions else batch)]
 
     def validate(self) -> dict[str, Any] | None:
         """The probe's figures and how evenly its vectors and the head's outputs for the last batch are spread."""
@@ -182,29 +202,22 @@ class PretrainTask:
         return [views.index(view) * self.config.batch + position for view in part.views for position in positions]
 
     def _batch(self, step: int) -> I64:
-        return epoch_batch(len(self.photos), self.config.batch, step, self.config.seed)
+        return (self.method.sampler or self.sampler).batch(step)
 
     def _own(self, step: int) -> list[_Work]:
         """This worker's forward passes. Chunks are those of the whole batch, whoever takes them."""
-        size, cuts = self.config.batch, self._cuts()
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(self.config.seed, step))).tolist()
-        first, last = collectives.share_of(len(cuts), collectives.rank(), collectives.world_size())
+        order = self.chunks.dealt(seed_of(self.config.seed, step))
         work = []
-        for start, stop in cuts[first:last]:
-            straight, dealt = list(range(start, stop)), cast(list[int], order[start:stop])
+        for start, stop in self.chunks.of(collectives.rank()):
+            straight, dealt = list(range(start, stop)), order[start:stop]
             work += [_Work(part, dealt if part.shuffled else straight) for part in self.method.passes]
         return work
 
-    def _cuts(self) -> list[tuple[int, int]]:
-        """Where the chunks of a batch begin and end; what is left over makes some larger by one."""
-        size, chunk = self.config.batch, self.config.chunk
-        count = min(size, collectives.world_size()) if chunk is None else max(1, size // chunk)
-        return [collectives.share_of(size, number, count) for number in range(count)]
-
     def _keys(self, step: int) -> list[list[Key]]:
-        """The views of each pass: functions of (seed, epoch, photo, view)."""
+        """The views of each pass: functions of (seed, epoch, photo, view); of a sampler's batches, which may have a photo
+        several times in an epoch, of (seed, step, photo, view)."""
         batch, seed = self._batch(step), self.config.seed
-        epoch = step // (len(self.photos) // self.config.batch)
+        epoch = self.sampler.epoch(step) if self.method.sampler is None else step
         return [
             [
                 Key(int(batch[i]), seed_of(seed, epoch, int(batch[i]), view), view)

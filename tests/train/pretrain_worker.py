@@ -9,17 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from iir_dist import artifact
 from iir_dist.data.cache import Photos
+from iir_dist.data.parts import deal, numbers, photo_counts
+from iir_dist.errors import StorageError
 from iir_dist.models.encoder import create
 from iir_dist.storage import open_folder
 from iir_dist.train import checkpoints
 from iir_dist.train.backprop import Outcome
 from iir_dist.train.loop import Run, train
+from iir_dist.train.neighbours import Neighbours
+from iir_dist.train.pretrain import open_photos
 from iir_dist.train.pretrain_config import PretrainConfig
 from iir_dist.train.pretrain_task import PretrainTask
 
@@ -35,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "barlow_twins": {"dim": 16},
     "vicreg": {"dim": 16},
     "dino": {"hidden": 16, "bottleneck": 8, "prototypes": 6, "local_views": 2, "freeze_last": 1, "momentum": 0.9},
+    "insclr": {"candidates": 6, "nearest": 3, "bank_start": 1, "bank_negatives": 5, "margin": -0.2},
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {"chunk": 2},
@@ -42,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "global": {"chunk": None, "norm": "global"},
     "direct": {"chunk": 8},
     "once": {"chunk": 8, "recompute": True},
+    "parts": {"chunk": 2, "parts": 2},
 }
 STEPS = 3
 
@@ -65,6 +72,17 @@ def config_of(case: str, **changes: Any) -> PretrainConfig:
     )
 
 
+def neighbours(n: int, dim: int, k: int = 6, seed: int = 0) -> Neighbours:
+    """Of n vectors of some instances, four or so of each."""
+    rng = np.random.default_rng(seed)
+    instances = rng.normal(size=(max(1, n // 4), dim))
+    x = instances[rng.integers(len(instances), size=n)] + rng.uniform(0.3, 1.2, (n, 1)) * rng.normal(size=(n, dim))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    scores = x @ x.T
+    np.fill_diagonal(scores, -2)
+    return Neighbours(np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32), x)
+
+
 def double(task: PretrainTask) -> PretrainTask:
     """Everything in float64, the method's memories as they are."""
     task.learner.double()
@@ -74,8 +92,12 @@ def double(task: PretrainTask) -> PretrainTask:
 def trained(images: str, case: str, out: Path) -> dict[str, Tensor]:
     """Losses, weights, buffers and what the method remembers after the steps."""
     config = config_of(case)
-    photos = Photos([artifact.require(images, "ingest")])
-    task = double(PretrainTask(photos, create(config.encoder), config))
+    sources = [artifact.require(images, "ingest")]
+    counts = photo_counts(sources)
+    photos = open_photos(sources, config, counts)
+    encoder = create(config.encoder)
+    table = neighbours(len(photos), encoder.spec.dim) if config.method.name == "insclr" else None
+    task = double(PretrainTask(photos, encoder, config, neighbours=table))
     losses: list[float] = []
     step = task.step
 
@@ -91,7 +113,16 @@ def trained(images: str, case: str, out: Path) -> dict[str, Tensor]:
     if task.state is not None:
         found |= {f"state/{name}": value for name, value in _flat(task.state.state_dict()).items()}
     assert checkpoints.latest(open_folder(out)) == STEPS
-    return {**found, "losses": torch.tensor(losses, dtype=torch.float64)}
+    dealt = deal(counts, config.parts)
+    here = [sum(_is_here(photos, n) for n in numbers(counts, shards).tolist()) for shards in dealt]
+    return {**found, "losses": torch.tensor(losses, dtype=torch.float64), "opened": torch.tensor(here)}
+
+
+def _is_here(photos: Photos, number: int) -> bool:
+    try:
+        return len(photos[number].data) > 0
+    except StorageError:
+        return False
 
 
 def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:

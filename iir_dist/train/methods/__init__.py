@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from iir_dist.train.methods.byol import BYOL, BYOLConfig, SimSiam, SimSiamConfig
 from iir_dist.train.methods.dino import DINO, DINOConfig
+from iir_dist.train.methods.insclr import InsCLR, InsCLRConfig
 from iir_dist.train.methods.method import Context, Method
 from iir_dist.train.methods.moco import MoCoV2, MoCoV2Config, MoCoV3, MoCoV3Config
 from iir_dist.train.methods.redundancy import BarlowTwins, BarlowTwinsConfig, VICReg, VICRegConfig
@@ -27,6 +28,7 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "barlow_twins": (BarlowTwinsConfig, BarlowTwins),
     "vicreg": (VICRegConfig, VICReg),
     "dino": (DINOConfig, DINO),
+    "insclr": (InsCLRConfig, InsCLR),
 }
 """By name: parameters, method."""
 
@@ -46,7 +48,8 @@ AnyMethodConfig = Annotated[
         | SwAVConfig
         | BarlowTwinsConfig
         | VICRegConfig
-        | DINOConfig,
+        | DINOConfig
+        | InsCLRConfig,
         Field(discriminator="name"),
     ],
     BeforeValidator(_named),

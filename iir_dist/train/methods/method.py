@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from iir_dist.data.augment import Recipe
+from iir_dist.data.sampling import Sampler
+from iir_dist.train.neighbours import Neighbours
 
 
 class MethodConfig(BaseModel):
@@ -72,19 +74,23 @@ class Context:
     Args:
         width: of the trunk's pooled features.
         steps: of the whole training.
+        batch: photos in the global batch.
         crop, local_crop: px of the views.
         min_scale: smallest part of a photo in a (global) view, where it differs from the published one.
         seed: of everything that is drawn.
         device: where what a method remembers lies.
+        neighbours: of all photos, of a method that has rounds.
     """
 
     width: int
     steps: int
+    batch: int
     crop: int
     local_crop: int
     min_scale: float | None
     seed: int
     device: torch.device
+    neighbours: Neighbours | None = None
 
     def recipe(self, published: Recipe, *, local: bool = False) -> Recipe:
         """A published recipe at this run's sizes."""
@@ -103,6 +109,9 @@ class Method:
         head: pooled features (n, width) -> projection.
         predictor: projection -> output, in the trained network only.
         weights: what the loss itself learns (prototypes); its gradient is the loss's.
+        descriptor: what goes into the head is the encoder's own descriptor, batch norm frozen (evaluation mode) as where
+            it is used; else the mean of the feature map, batch norm in training.
+        sampler: draws the batches; None: all photos in epochs.
         memory: or None.
         published: whose trunk is the result.
     """
@@ -112,6 +121,8 @@ class Method:
     head: nn.Module
     predictor: nn.Module = nn.Identity()
     weights: nn.Module = nn.Module()
+    descriptor: bool = False
+    sampler: Sampler | None = None
     memory: Memory | None = None
     published: Literal["encoder", "target.encoder"] = "encoder"
     remedy: str = "lower optim.lr or lengthen optim.warmup_steps"

@@ -22,6 +22,8 @@ class SimCLRConfig(MethodConfig):
     """Output of the two-layer head."""
     temperature: float = Field(0.1, gt=0)
     """0.1 for large batches on ImageNet, 0.5 for CIFAR."""
+    strength: float = Field(1.0, ge=0, le=2.5)
+    """Of the colour jitter: 1 on ImageNet, 0.5 for CIFAR."""
     optimization: ClassVar[dict[str, Any]] = {"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-4}
 
 
@@ -31,7 +33,9 @@ class SimCLR(Method):
     remedy = "lower optim.lr, raise method.temperature, or take a larger batch (more negatives)"
 
     def __init__(self, config: SimCLRConfig, context: Context) -> None:
-        self.recipes = (context.recipe(SIMCLR),) * 2
+        s = config.strength
+        colours = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
+        self.recipes = (context.recipe(SIMCLR.model_copy(update=colours)),) * 2
         self.passes = (Pass((0, 1)),)
         self.head = mlp([context.width, context.width, config.dim], last="affine")
         self._loss = NTXent(config.temperature)
