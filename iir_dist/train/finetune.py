@@ -10,8 +10,8 @@ from iir_dist.artifact import Manifest
 from iir_dist.data.cache import Photos
 from iir_dist.data.stored import Stored
 from iir_dist.errors import ConfigError
-from iir_dist.models.encoder import Encoder, EncoderConfig, centre, info_of, load, project, save
-from iir_dist.storage import Folder, open_folder
+from iir_dist.models.encoder import Encoder, centre, load, project
+from iir_dist.storage import open_folder
 from iir_dist.train import checkpoints, launch, stage
 from iir_dist.train.finetune_config import FinetuneConfig, MinedBatches
 from iir_dist.train.finetune_task import FinetuneTask
@@ -114,7 +114,9 @@ def _rounds(
         if done >= stop:
             continue
         home = work.folder.child(f"{artifact.WORK}mining-{number:04d}")
-        encoder = arguments["init"] if number == 0 else _encoder_of_round(home, arguments, config, start)
+        encoder: str = arguments["init"]
+        if number > 0:
+            encoder = stage.encoder_after(work.folder, start, home, lambda: _start(arguments["init"], config))
         tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining, without=aside)
         arguments |= {"tuples": (tuples, start), "stop": stop}
         _launch(work, arguments, config)
@@ -122,14 +124,3 @@ def _rounds(
             last = checkpoints.read(work.folder, checkpoints.name_of(checkpoints.latest(work.folder)))
             if last["best"]["since"] >= config.validation.patience:
                 break
-
-
-def _encoder_of_round(home: Folder, arguments: dict[str, Any], config: FinetuneConfig, step: int) -> str:
-    """An encoder artifact with the weights after `step` steps, below the round's folder."""
-    folder = home.child("encoder")
-    with artifact.begin(folder.uri, "encoder", EncoderConfig(), {}, force=False) as work:
-        if not work.finished:
-            encoder = _start(arguments["init"], config)
-            stage.load_weights(encoder, checkpoints.weights(open_folder(arguments["out"]), step))
-            work.publish({}, save(encoder, work.folder), info_of(encoder))
-    return folder.uri

@@ -14,7 +14,7 @@ from iir_dist.data.cache import Photos
 from iir_dist.data.parts import deal, photo_counts
 from iir_dist.data.sampling import EpochSampler
 from iir_dist.errors import ConfigError
-from iir_dist.models.encoder import Encoder, EncoderConfig, create, info_of, load, save
+from iir_dist.models.encoder import Encoder, create, load
 from iir_dist.storage import Folder, open_folder
 from iir_dist.train import checkpoints, collectives, launch, stage
 from iir_dist.train.chunks import Chunks
@@ -155,27 +155,16 @@ def _rounds(
         if checkpoints.latest(work.folder) >= stop:
             continue
         home = work.folder.child(f"{artifact.WORK}round-{number:04d}")
+        encoder = stage.encoder_after(work.folder, start, home, lambda: _start(arguments["init"], config))
         table = find(
-            arguments["images"], _encoder_of_round(work, home, arguments["init"], config, start), home.uri,
-            candidates=method.candidates, exact_rows=method.exact_rows, seed=config.seed,
+            arguments["images"], encoder, home.uri, candidates=method.candidates, exact_rows=method.exact_rows,
+            seed=config.seed,
         )  # fmt: skip
         _launch(work, arguments | {"neighbours": (table, start), "stop": stop}, config)
         if config.probe.patience is not None and arguments["probe"] is not None:
             last = checkpoints.read(work.folder, checkpoints.name_of(checkpoints.latest(work.folder)))
             if last["best"]["since"] >= config.probe.patience:
                 break
-
-
-def _encoder_of_round(work: artifact.Work, home: Folder, init: str | None, config: PretrainConfig, step: int) -> str:
-    """An encoder artifact with the weights after `step` steps, below the round's folder."""
-    folder = home.child("encoder")
-    with artifact.begin(folder.uri, "encoder", EncoderConfig(), {}) as job:
-        if not job.finished:
-            encoder = _start(init, config)
-            if step > 0:
-                stage.load_weights(encoder, checkpoints.weights(work.folder, step))
-            job.publish({}, save(encoder, job.folder), info_of(encoder))
-    return folder.uri
 
 
 def _warn(folder: Folder) -> None:

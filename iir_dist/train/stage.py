@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from iir_dist import artifact
 from iir_dist.artifact import FileEntry, Manifest
-from iir_dist.models.encoder import Encoder, info_of, save
-from iir_dist.storage import sha256_of
+from iir_dist.models.encoder import Encoder, EncoderConfig, info_of, save
+from iir_dist.storage import Folder, sha256_of
 from iir_dist.train import checkpoints
 
 
@@ -23,6 +24,18 @@ def load_weights(encoder: Encoder, weights: dict[str, Tensor], name: str = "enco
     """Fill the encoder from the state of a trained model that holds it under that name."""
     prefix = f"{name}."
     encoder.load_state_dict({n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)})
+
+
+def encoder_after(work: Folder, step: int, home: Folder, start: Callable[[], Encoder]) -> str:
+    """An encoder artifact below a round's folder `home`: `start`, with the weights after `step` steps of the training in `work`."""
+    folder = home.child("encoder")
+    with artifact.begin(folder.uri, "encoder", EncoderConfig(), {}) as job:
+        if not job.finished:
+            encoder = start()
+            if step > 0:
+                load_weights(encoder, checkpoints.weights(work, step))
+            job.publish({}, save(encoder, job.folder), info_of(encoder))
+    return folder.uri
 
 
 def publish(

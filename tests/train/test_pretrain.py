@@ -12,7 +12,7 @@ from typing import Any
 import pretrain_worker
 import pytest
 import torch
-from pretrain_worker import STEPS, config_of, trained
+from pretrain_worker import SMALL, STEPS, config_of, trained
 from torch import Tensor, nn
 
 from iir_dist import artifact, config, embed, evaluate, ingest, whiten
@@ -24,7 +24,6 @@ from iir_dist.models.encoder import create, load
 from iir_dist.storage import open_folder
 from iir_dist.train import launch, pretrain
 from iir_dist.train.loop import Run, train
-from iir_dist.train.methods import METHODS
 from iir_dist.train.norm import GlobalBatchNorm, Running, globalize
 from iir_dist.train.pretrain_config import PretrainConfig
 from iir_dist.train.pretrain_task import PretrainTask
@@ -59,8 +58,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     ("workers", "cases"),
     [
         (2, ["moco_v2", "swav", "dino", "byol/global"]),
-        pytest.param(2, [*METHODS, *VARIED], marks=pytest.mark.slow),
-        pytest.param(4, [*METHODS, *VARIED], marks=pytest.mark.slow),
+        pytest.param(2, [*SMALL, *VARIED], marks=pytest.mark.slow),
+        pytest.param(4, [*SMALL, *VARIED], marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_workers_trains_the_same_network(
@@ -203,7 +202,9 @@ def test_configs_that_are_refused(images: Path) -> None:
         load_("norm=global", "chunk=32")
     with pytest.raises(ConfigError, match="recompute = true keeps the activations of one chunk; expected chunk"):
         load_("recompute=true")
-    with pytest.raises(ConfigError, match=r"pretrain\.method\.queue is not a known key; known: dim, name, strength, temperature"):
+    with pytest.raises(
+        ConfigError, match=r"pretrain\.method\.queue is not a known key; known: dim, name, strength, temperature"
+    ):
         load_("method.queue=3")
     with pytest.raises(ConfigError, match="moco_v2"):
         load_("method.name=moco")
@@ -338,7 +339,7 @@ TRAINABLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_200_steps_raise_the_map(name: str, landmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_process(monkeypatch)
     settings = PretrainConfig.model_validate(
