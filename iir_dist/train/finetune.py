@@ -106,6 +106,7 @@ def _rounds(
     work: artifact.Work, arguments: dict[str, Any], config: FinetuneConfig, batches: MinedBatches, mine: Miner
 ) -> None:
     """Mine and train in turn. A round starts from the checkpoint that the one before ended with."""
+    init: str = arguments["init"]
     stored = Stored.read([artifact.require(uri, "ingest") for uri in arguments["images"]])
     aside = kept_aside(stored.labels, config.validation)
     for number, start in enumerate(range(0, config.steps, batches.every)):
@@ -114,9 +115,9 @@ def _rounds(
         if done >= stop:
             continue
         home = work.folder.child(f"{artifact.WORK}mining-{number:04d}")
-        encoder: str = arguments["init"]
+        encoder = init
         if number > 0:
-            encoder = stage.encoder_after(work.folder, start, home, lambda: _start(arguments["init"], config))
+            encoder = stage.encoder_after(work.folder, start, home, lambda: _start(init, config))
         tuples = mine(arguments["images"], encoder, home.uri, number, batches.mining, without=aside)
         arguments |= {"tuples": (tuples, start), "stop": stop}
         _launch(work, arguments, config)

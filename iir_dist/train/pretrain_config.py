@@ -45,7 +45,7 @@ class PretrainConfig(StageConfig):
     """Photos in the global batch."""
     chunk: int | None = Field(None, ge=2)
     """Photos that go through the network together, over which batch norm takes its statistics. Results depend on it and not
-    on the number of workers. null: the share of one worker."""
+    on the number of workers. null: the share of one worker; 32 for moco_v2, whose keys are shuffled over chunks."""
     parts: int = Field(1, ge=1)
     """Pieces that the set is cut into, by shards; with one a node, each node caches its own only. Each gives its share of every
     batch. Results depend on it and not on the number of workers, which is best a multiple of it."""
@@ -85,6 +85,8 @@ class PretrainConfig(StageConfig):
             published = {"schedule": "cosine", **METHODS[name][0].optimization}
             published["lr"] *= int(data.get("batch", cls.model_fields["batch"].default)) / 256
             data = {**data, "optim": {**published, **given}}
+            if data.get("norm", "chunk") == "chunk" and data.get("chunk") is None:
+                data["chunk"] = METHODS[name][0].published_chunk
         return data
 
     @model_validator(mode="after")

@@ -89,11 +89,12 @@ class PretrainTask:
                 f"{collectives.world_size()} workers; expected one each: a larger pretrain.batch, a smaller chunk, or fewer workers"
             )
         shuffled = config.norm == "chunk" and any(part.shuffled for part in self.method.passes)
-        if shuffled and config.parts > 1 and not self.chunks.shuffles():
+        if shuffled and not self.chunks.shuffles():
             share = config.batch // config.parts
             raise ConfigError(
-                f"{config.method.name} embeds keys among other photos than their queries, and the {share} photos of a part "
-                f"are one chunk; expected two or more: pretrain.chunk of at most {share // 2}, or fewer pretrain.parts"
+                f"{config.method.name} embeds keys among other photos than their queries, and the {share} photos of a batch"
+                f"{' and part' if config.parts > 1 else ''} are one chunk; expected two or more: pretrain.chunk of at most "
+                f"{share // 2}, or pretrain.norm=global"
             )
         recipes = [view_of(recipe) for recipe in self.method.recipes]
         self.stream = Stream(photos, recipes, self._keys, config.steps, config.loaders)

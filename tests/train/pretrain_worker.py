@@ -46,8 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {"chunk": 2},
     "recompute": {"chunk": 2, "recompute": True},
     "global": {"chunk": None, "norm": "global"},
-    "direct": {"chunk": 8},
-    "once": {"chunk": 8, "recompute": True},
+    "direct": {"chunk": 4},
+    "once": {"chunk": 4, "recompute": True},
     "parts": {"chunk": 2, "parts": 2},
 }
 STEPS = 3

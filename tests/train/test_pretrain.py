@@ -77,7 +77,7 @@ def test_any_number_of_workers_trains_the_same_network(
     "name", ["simclr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moco_v2", "dino"))]
 )
 def test_a_second_forward_pass_gives_the_direct_gradient(name: str, images: Path, tmp_path: Path) -> None:
-    """With one chunk and with four: the same as with all activations kept, running statistics too."""
+    """With two chunks and with four: the same as with all activations kept, running statistics too."""
     for direct, again in (("direct", "once"), ("", "recompute")):
         one = trained(str(images / "unlabelled"), f"{name}/{direct}".rstrip("/"), tmp_path / f"a{direct}")
         two = trained(str(images / "unlabelled"), f"{name}/{again}", tmp_path / f"b{direct}")
@@ -190,6 +190,10 @@ def test_optimization_is_the_published_one_scaled_to_the_batch() -> None:
     given = PretrainConfig.model_validate({"optim": {"optimizer": "adamw", "lr": 1e-3}, "batch": 512})
     assert (given.optim.optimizer, given.optim.lr, given.method.name) == ("adamw", 1e-3, "simclr")
     assert PretrainConfig.model_validate(given.model_dump(mode="json")) == given
+    moco = {"method": {"name": "moco_v2"}}
+    assert PretrainConfig.model_validate(moco).chunk == 32
+    assert PretrainConfig.model_validate({**moco, "norm": "global"}).chunk is None
+    assert given.chunk is None
 
 
 def test_configs_that_are_refused(images: Path) -> None:
@@ -208,6 +212,10 @@ def test_configs_that_are_refused(images: Path) -> None:
         load_("method.queue=3")
     with pytest.raises(ConfigError, match="moco_v2"):
         load_("method.name=moco")
+    with pytest.raises(
+        ConfigError, match=r"keys among other photos than their queries, and the 8 photos of a batch are one"
+    ):
+        task_of(images, "moco_v2", chunk=8)
     with pytest.raises(ConfigError, match=r"workers = \(3, 2\): expected a number from 1"):
         load_("workers=[3,2]")
 

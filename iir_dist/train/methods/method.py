@@ -34,6 +34,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     optimization: ClassVar[dict[str, Any]]
     """Its published optimizer; `lr` is per 256 photos of the batch."""
+    published_chunk: ClassVar[int | None] = None
+    """`pretrain.chunk` where it is not set and batch norm would otherwise give an answer away."""
 
 
 @dataclass(frozen=True, slots=True)

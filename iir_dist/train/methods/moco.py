@@ -26,6 +26,7 @@ class MoCoV2Config(MethodConfig):
     """Of the network that makes the keys."""
     temperature: float = Field(0.2, gt=0)
     optimization: ClassVar[dict[str, Any]] = {"optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4}
+    published_chunk: ClassVar[int | None] = 32
 
 
 class MoCoV2(Method):
