@@ -203,6 +203,7 @@ def run_of(task: PretrainTask, steps: int, stop: int) -> Run:
     return Run(steps, task.config.optim, 2, task.config.seed, stop=stop)
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_network(images: Path, tmp_path: Path) -> None:
     one = trained(str(images / "unlabelled"), "insclr", tmp_path / "one")
     assert len(set(one["losses"].tolist())) == 3

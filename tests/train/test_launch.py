@@ -118,6 +118,7 @@ def test_pretraining_on_two_workers(images: Path, tmp_path: Path) -> None:
     artifact.verify(tmp_path / "e")
 
 
+@pytest.mark.slow  # pretraining goes the same way, and test_backprop has the numbers
 def test_finetuning_on_two_workers_equals_one(
     images: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,9 @@ def test_photos_of_other_parts_are_named_by_their_place(images: Path) -> None:
 
 def test_what_cannot_be_cut_into_parts(images: Path) -> None:
     settings = config_of("moco_v2/parts", chunk=4)
-    with pytest.raises(ConfigError, match=r"moco_v2 embeds .* the 4 photos of a batch and part are one chunk; .* at most 2"):
+    with pytest.raises(
+        ConfigError, match=r"moco_v2 embeds .* the 4 photos of a batch and part are one chunk; .* at most 2"
+    ):
         PretrainTask(Photos([artifact.require(images / "unlabelled", "ingest")]), create(settings.encoder), settings)
     with pytest.raises(
         ValidationError, match="parts = 3 leaves 2 photos of a batch of 8 to each part; expected at least"
