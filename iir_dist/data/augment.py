@@ -117,11 +117,6 @@ def view_of(recipe: Recipe) -> View:
     return _Drawn(recipe)
 
 
-def contrastive(size: int, min_scale: float = 0.2) -> View:
-    """`MOCO_V2` at another size."""
-    return view_of(MOCO_V2.model_copy(update={"size": size, "scale": (min_scale, 1.0)}))
-
-
 def mild(size: int, min_scale: float = 0.4) -> View:
     """For fine-tuning: colour jitter, crop and flip, as Revaud et al. (arXiv:1906.07589, section 4.1) describe."""
     return _Seeded(

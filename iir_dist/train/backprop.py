@@ -62,14 +62,6 @@ def three_stage(
     return outcome
 
 
-def one_pass(z: Tensor, labels: Tensor, loss: Loss, scale: float = 1.0) -> Outcome:
-    """The same for embeddings whose graph is kept: what batch norm in training mode asks for. z: (B_local, D)."""
-    outcome, gradient = _gathered(_full(z), labels, loss)
-    if not outcome.broken:
-        z.backward(scale * gradient.to(z.dtype))
-    return outcome
-
-
 def _gathered(local: Tensor, labels: Tensor, loss: Loss) -> tuple[Outcome, Tensor]:
     z, start = collectives.gather(local)
     all_labels, _ = collectives.gather(labels)

@@ -64,11 +64,6 @@ def test_what_is_no_recipe_is_refused(wrong: dict[str, Any]) -> None:
         Recipe(**wrong)
 
 
-def test_contrastive_is_moco_v2_at_another_size() -> None:
-    view = view_of(augment.MOCO_V2.model_copy(update={"size": 40, "scale": (0.3, 1)}))
-    assert torch.equal(augment.contrastive(40, 0.3)(SQUARE, 7), view(SQUARE, 7))
-
-
 # ------------------------------------------------------------------------------------------------ purity
 
 

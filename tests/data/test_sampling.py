@@ -163,9 +163,8 @@ def test_all_are_samplers_that_workers_can_be_sent() -> None:
         assert np.array_equal(pickle.loads(pickle.dumps(sampler)).batch(3), batch)  # noqa: S301
 
 
-@pytest.mark.parametrize("recipe", [augment.contrastive, augment.mild])
-def test_a_view_is_a_function_of_its_seed(recipe: object) -> None:
-    view = recipe(32)  # type: ignore[operator]
+def test_a_view_is_a_function_of_its_seed() -> None:
+    view = augment.mild(32)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     image = Image.fromarray(pixels, "RGB")
     torch.manual_seed(1)

@@ -14,7 +14,7 @@ from iir_dist.losses.average_precision import QuantizedAP
 from iir_dist.losses.contrastive import NTXent
 from iir_dist.losses.pairwise import loss_and_gradient
 from iir_dist.train import collectives
-from iir_dist.train.backprop import one_pass, three_stage
+from iir_dist.train.backprop import three_stage
 
 SIZE, CHUNK = 13, 3
 
@@ -26,7 +26,7 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     return net, torch.randn(SIZE, 6, dtype=torch.float64), torch.arange(SIZE) % 4
 
 
-def gradients(loss: str, mode: str) -> dict[str, Tensor]:
+def gradients(loss: str) -> dict[str, Tensor]:
     """Gradient of the global loss, summed over workers."""
     net, x, labels = problem()
     start, stop = collectives.share_of(SIZE, collectives.rank(), collectives.world_size())
@@ -37,10 +37,7 @@ def gradients(loss: str, mode: str) -> dict[str, Tensor]:
     def embed(chunk: Tensor) -> Tensor:
         return F.normalize(net(chunk), dim=1)
 
-    if mode == "three_stage":
-        outcome = three_stage(embed, lambda: x[start:stop].split(CHUNK), labels[start:stop], objective, 5)
-    else:
-        outcome = one_pass(embed(x[start:stop]), labels[start:stop], objective)
+    outcome = three_stage(embed, lambda: x[start:stop].split(CHUNK), labels[start:stop], objective, 5)
     collectives.sum_gradients(net.parameters())
     found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     return {**found, "loss": torch.tensor(outcome.loss, dtype=torch.float64)}
@@ -50,12 +47,7 @@ def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    found = {
-        f"{loss}/{mode}/{name}": value
-        for loss in ("ap", "ntxent")
-        for mode in ("three_stage", "one_pass")
-        for name, value in gradients(loss, mode).items()
-    }
+    found = {f"{loss}/{name}": value for loss in ("ap", "ntxent") for name, value in gradients(loss).items()}
     rows, begin = collectives.gather(torch.full((rank, 2), float(rank)))  # worker r has r rows, worker 0 none
     torch.save({**found, "rows": rows, "begin": torch.tensor(begin)}, f"{sys.argv[4]}.{rank}")
     dist.destroy_process_group()
