@@ -45,7 +45,8 @@ class PretrainConfig(StageConfig):
     """Photos in the global batch."""
     chunk: int | None = Field(None, ge=2)
     """Photos that go through the network together, over which batch norm takes its statistics. Results depend on it and not
-    on the number of workers. null: the share of one worker; 32 for moco_v2, whose keys are shuffled over chunks."""
+    on the number of workers. null: the share of one worker; of moco_v2, which shuffles keys over chunks, 32 or half of a
+    small batch."""
     parts: int = Field(1, ge=1)
     """Pieces that the set is cut into, by shards; with one a node, each node caches its own only. Each gives its share of every
     batch. Results depend on it and not on the number of workers, which is best a multiple of it."""
@@ -81,12 +82,14 @@ class PretrainConfig(StageConfig):
             return data
         method, given = data.get("method", {}), data.get("optim", {})
         name = method.get("name", "simclr") if isinstance(method, dict) else getattr(method, "name", None)
-        if isinstance(given, dict) and name in METHODS:
+        batch = data.get("batch", cls.model_fields["batch"].default)
+        if isinstance(given, dict) and name in METHODS and isinstance(batch, int):  # else the fields say what is wrong
             published = {"schedule": "cosine", **METHODS[name][0].optimization}
-            published["lr"] *= int(data.get("batch", cls.model_fields["batch"].default)) / 256
+            published["lr"] *= batch / 256
             data = {**data, "optim": {**published, **given}}
-            if data.get("norm", "chunk") == "chunk" and data.get("chunk") is None:
-                data["chunk"] = METHODS[name][0].published_chunk
+            chunk = METHODS[name][0].published_chunk
+            if chunk is not None and data.get("norm", "chunk") == "chunk" and data.get("chunk") is None:
+                data["chunk"] = max(2, min(chunk, batch // 2))
         return data
 
     @model_validator(mode="after")
