@@ -63,8 +63,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """t <- m t + (1 - m) o, running statistics too."""
-        if self.target is None:
-            return
+        assert self.target is not None
         own = self.online[0].state_dict()
         for name, value in self.target.state_dict().items():
             if value.is_floating_point():

@@ -85,6 +85,12 @@ class PretrainConfig(StageConfig):
         batch = data.get("batch", cls.model_fields["batch"].default)
         if isinstance(given, dict) and name in METHODS and isinstance(batch, int):  # else the fields say what is wrong
             published = {"schedule": "cosine", **METHODS[name][0].optimization}
+            optimizer = given.get("optimizer", published["optimizer"])
+            if optimizer != published["optimizer"] and "lr" not in given:
+                raise ValueError(
+                    f"optim.optimizer = {optimizer!r} without optim.lr: the published rate of {name} is for "
+                    f"{published['optimizer']}; set optim.lr"
+                )
             published["lr"] *= batch / 256
             data = {**data, "optim": {**published, **given}}
             chunk = METHODS[name][0].published_chunk

@@ -8,8 +8,9 @@ global batch, and equal on every worker.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class PretrainTask:
                 f"{share // 2}, or pretrain.norm=global"
             )
         recipes = [view_of(recipe) for recipe in self.method.recipes]
-        self.stream = Stream(photos, recipes, self._keys, config.steps, config.loaders)
+        keys = functools.lru_cache(maxsize=16)(self._keys)  # asked for several times a step
+        self.stream = Stream(photos, recipes, keys, config.steps, config.loaders)
 
     def images_per_step(self, step: int) -> int:
         return self.config.batch
@@ -110,7 +112,8 @@ class PretrainTask:
         """The probe's figures and how evenly its vectors and the head's outputs for the last batch are spread."""
         if self.probe is None:
             return None
-        figures, health = self.probe.measure(self.learner.encoder, self.device)
+        encoder = cast(Encoder, self.learner.get_submodule(self.method.published))  # what is kept is what is measured
+        figures, health = self.probe.measure(encoder, self.device)
         # A head may collapse while the trunk behind which it sits still tells photos apart.
         head = Health.of(self._last)
         warning = health.warning() or head.warning(LEAST_SPREAD_OF_HEAD)
@@ -119,8 +122,8 @@ class PretrainTask:
         return {**figures, **health.as_dict(), "head_spread": head.spread, "warning": warning}
 
     def step(self, step: int, scale: float) -> Outcome:
-        if step > 0:
-            self.learner.follow(self.method.momentum(step) if self.learner.target is not None else 0.0)
+        if step > 0 and self.learner.target is not None:
+            self.learner.follow(self.method.momentum(step))
         self.running.begin()
         pixels, rows, outputs, targets = self._embed(step)
         all_rows, _ = collectives.gather(torch.tensor(rows, dtype=torch.int64))

@@ -19,6 +19,7 @@ from iir_dist.data.cache import Photos
 from iir_dist.data.embeddings import open_embeddings
 from iir_dist.data.stored import Stored
 from iir_dist.errors import ConfigError, InputError
+from iir_dist.index import search
 from iir_dist.losses.instances import contrastive_sum, positives_in_batch, positives_of_others
 from iir_dist.models.encoder import Encoder, EncoderConfig, create, load
 from iir_dist.models.encoder import run as make_encoder
@@ -297,7 +298,7 @@ def test_the_table_is_that_of_an_exact_search(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mine.search, "run", die)
+        patch.setattr(search, "run", die)
         with pytest.raises(KeyboardInterrupt):
             mine.neighbours([source], str(encoder), str(work), **settings)  # type: ignore[arg-type]
     assert (work / "embeddings" / "manifest.json").exists()
@@ -438,7 +439,7 @@ def test_rounds_go_on_where_they_were_cut_off(
     for moment in ("search", 2, 3, "launch", 5):
         with monkeypatch.context() as patch:
             if moment == "search":
-                patch.setattr(mine.search, "run", die)
+                patch.setattr(search, "run", die)
             elif moment == "launch":  # when the second round's neighbours are there
                 patch.setattr(launch, "launch", die)
             else:

@@ -23,6 +23,7 @@ from iir_dist.index import search
 from iir_dist.models.encoder import create, load
 from iir_dist.storage import open_folder
 from iir_dist.train import launch, pretrain
+from iir_dist.train.collapse import Health
 from iir_dist.train.loop import Run, train
 from iir_dist.train.norm import GlobalBatchNorm, Running, globalize
 from iir_dist.train.pretrain_config import PretrainConfig
@@ -146,6 +147,37 @@ def test_the_momentum_network_follows_and_is_not_trained(images: Path) -> None:
     assert all(p.grad is None for p in learner.target.parameters())
 
 
+def test_the_probe_measures_the_network_that_is_the_result(images: Path) -> None:
+    """DINO's teacher, SimCLR's only one."""
+    measured: list[nn.Module] = []
+
+    class Watch:
+        def measure(self, encoder: nn.Module, device: torch.device) -> Any:
+            measured.append(encoder)
+            return {"map": 0.5}, Health.of(torch.eye(4))
+
+    for name in ("dino", "simclr"):
+        task = task_of(images, name)
+        task.step(0, 1.0)
+        task.probe = Watch()  # type: ignore[assignment]
+        task.validate()
+        learner = task.learner
+        expected = learner.target.encoder if learner.target is not None else learner.encoder
+        assert measured.pop() is expected
+
+
+@pytest.mark.parametrize("name", ["dino", "moco_v3"])
+def test_a_vit_is_trained_by_its_class_token(images: Path, name: str) -> None:
+    """Two sizes of views, positions that are interpolated, no batch norm in the trunk."""
+    vit = {"backbone": "timm:test_vit", "weights": "random", "size": 48, "pooling": "cls"}
+    task = task_of(images, name, encoder=vit, crop=48, local_crop=32)
+    losses = [task.step(step, 1.0).loss for step in range(2)]
+    assert all(loss > 0 for loss in losses)
+    gradients = dict(task.learner.encoder.trunk.net.named_parameters())
+    assert gradients["cls_token"].grad is not None
+    assert gradients["cls_token"].grad.abs().max() > 0
+
+
 def test_keys_are_dealt_to_other_chunks_and_views_are_functions_of_the_epoch(images: Path) -> None:
     task = task_of(images, "moco_v2", steps=9)
     chunks = task._keys(4)
@@ -211,6 +243,10 @@ def test_configs_that_are_refused(images: Path) -> None:
         ConfigError, match=r"pretrain\.method\.queue is not a known key; known: dim, name, strength, temperature"
     ):
         load_("method.queue=3")
+    with pytest.raises(
+        ConfigError, match=r"optim\.optimizer = 'adam' without optim\.lr: .* simclr is for lars; set optim\.lr"
+    ):
+        load_("optim.optimizer=adam")
     with pytest.raises(ConfigError, match="moco_v2"):
         load_("method.name=moco")
     with pytest.raises(
@@ -368,5 +404,5 @@ def test_200_steps_raise_the_map(name: str, landmarks: Path, tmp_path: Path, mon
     after, health = Probe(artifact.require(landmarks / "benchmark", "ingest"), encoder).measure(
         encoder, torch.device("cpu")
     )
-    assert after["map"] > before["map"] + 0.003, (before, after)
+    assert after["map"] > before["map"] + 0.02, (before, after)
     assert health.warning() is None
