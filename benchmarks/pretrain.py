@@ -345,7 +345,7 @@ def curve(folder: Path, data: Path) -> None:
 
     chain = Chain(folder, data)
     random = chain.iir(
-        "encoder", "--set=backbone=resnet18", "--set=weights=random", "--set=size=128", out="encoder/random"
+        "encoder", "--set=backbone=resnet18", "--set=weights=random", "--set=size=192", out="encoder/random"
     )
     base = chain.score(random)
     print(
@@ -370,7 +370,7 @@ def curve(folder: Path, data: Path) -> None:
         series[title] = [(line["step"] + 1, line) for line in lines if "val_map" in line]
     for title, points in series.items():
         print(f"\n{title}\n\n| step | loss | mAP | spread | effective rank |\n|---:|---:|---:|---:|---:|")
-        for step, line in points[1::2]:
+        for step, line in points:
             print(f"| {step} | {line['loss']:.2f} | {line['val_map']:.3f} | {line['val_spread']:.2f} | "
                   f"{line['val_effective_rank']:.0f} |")  # fmt: skip
     plot({t: [(s, line["val_map"]) for s, line in points] for t, points in series.items()}, base["map"])
