@@ -82,7 +82,8 @@ def test_fingerprint_ignores_order_and_nothing_else(value: dict[str, object]) ->
 
 def test_every_stage_has_a_table() -> None:
     """The CLI's stage commands and the tables of a config file are the same set."""
-    from iir_dist.cli import Stage, bench, main, rerank
+    from iir_dist.cli.skin import Stage, main
+    from iir_dist.cli.stages import bench, rerank
 
     commands = {**main.commands, **bench.commands, **rerank.commands}
     assert {name for name, command in commands.items() if isinstance(command, Stage)} == set(config.STAGES)

@@ -1,113 +1,12 @@
-"""`iir`: parse, call one stage, print what it gave; errors of ours become one sentence and exit code 1.
-
-Nothing heavy is imported here: each command imports its stage when it runs, so that `iir --help` is quick.
-"""
+"""The stages, in the order in which they are used."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
-from iir_dist import __version__
-from iir_dist.errors import IirError
-
-if TYPE_CHECKING:
-    from iir_dist.artifact import Manifest
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Main(click.Group):
-    """Turns errors into one sentence, whichever command they come from."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except IirError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            raise click.ClickException(f"{error.strerror or error}: {error.filename or 'unknown file'}") from error
-
-
-class Stage(click.Command):
-    """A command with a config: `-h` lists the keys that --config and --set take."""
-
-    config: str = ""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        keys = _keys(self.config)
-        with formatter.section(f"Keys of [{self.name}] for --config and --set, with defaults"):
-            formatter.write_dl(keys)
-
-
-def _keys(path: str) -> list[tuple[str, str]]:
-    """Dotted keys of a config and their defaults."""
-    from pydantic import BaseModel
-
-    def walk(value: BaseModel, prefix: str) -> list[tuple[str, str]]:
-        rows = []
-        for name in type(value).model_fields:
-            inner = getattr(value, name)
-            rows += walk(inner, f"{prefix}{name}.") if isinstance(inner, BaseModel) else [(prefix + name, f"{inner!r}")]
-        return rows
-
-    return walk(_model(path)(), "")
-
-
-def _model(path: str) -> Any:
-    import importlib
-
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def stage(name: str, config: str, group: click.Group | None = None) -> Callable[[F], click.Command]:
-    """A stage's command: --config, --set, --force, and the checked config as first argument."""
-
-    def decorate(function: F) -> click.Command:
-        def call(config_file: str | None, settings: tuple[str, ...], **arguments: Any) -> None:
-            from iir_dist.config import load
-            from iir_dist.storage import StorageConfig
-
-            shared = [s.removeprefix("storage.") for s in settings if s.startswith("storage.")]
-            load(StorageConfig, "storage", config_file, shared).to_environment()
-            own = [s for s in settings if not s.startswith("storage.")]
-            function(load(_model(config), name, config_file, own), **arguments)
-
-        call.__doc__ = function.__doc__
-        call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        for option in (
-            click.option("--force", is_flag=True, help="Replace what the output folder holds."),
-            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set one key; repeatable."),
-            click.option("--config", "config_file", metavar="FILE.toml", help=f"Read the table [{name}] of a file."),
-        ):
-            call = option(call)
-        command: Stage = (group or main).command(name, cls=Stage)(call)  # type: ignore[assignment]
-        command.config = config
-        return command
-
-    return decorate
-
-
-@click.group(cls=Main, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="iir")
-@click.option("-v", "--verbose", is_flag=True, help="Log more.")
-def main(verbose: bool) -> None:
-    """Instance-level image retrieval at scale.
-
-    Stages meet through folders, on local disk or s3://: ingest, then pretrain, finetune or encoder, then embed, whiten,
-    index, search, evaluate and report. Each is resumable: after an interruption run the same command again.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("iir_dist").setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-out = click.option("--out", required=True, metavar="DIR", help="Output folder or s3:// address.")
+from iir_dist.cli.skin import main, out, report_done, stage
 
 
 def _list_known(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -155,7 +54,7 @@ def ingest(
     )
     retry = tuple(retry_rejected.split(",")) if retry_rejected else ()
     manifest = run(list(sources), out, config, groundtruth_uri=groundtruth, labels_uri=labels, retry=retry, force=force)
-    _done(out, manifest, "in", "out", "rejected", "rows", "queries", "duplicates")
+    report_done(out, manifest, "in", "out", "rejected", "rows", "queries", "duplicates")
     if manifest.counts["rejected"]:
         click.echo(
             f"{manifest.counts['rejected']} images were rejected; see {out.rstrip('/')}/rejected.parquet", err=True
@@ -168,7 +67,7 @@ def encoder(config: Any, out: str, force: bool) -> None:
     """Write an off-the-shelf encoder."""
     from iir_dist.models.encoder import run
 
-    _done(out, run(out, config, force=force), "parameters")
+    report_done(out, run(out, config, force=force), "parameters")
 
 
 @stage("pretrain", "iir_dist.train.pretrain_config:PretrainConfig")
@@ -182,7 +81,7 @@ def pretrain(config: Any, images: tuple[str, ...], init: str | None, probe: str 
     from iir_dist.train.pretrain import run
 
     manifest = run(list(images), out, config, init=init, probe=probe, find=neighbours, force=force)
-    _done(out, manifest, "images", "steps")
+    report_done(out, manifest, "images", "steps")
 
 
 @stage("finetune", "iir_dist.train.finetune_config:FinetuneConfig")
@@ -201,7 +100,7 @@ def finetune(config: Any, images: tuple[str, ...], init: str, tests: tuple[str, 
     from iir_dist.mine import mine
     from iir_dist.train.finetune import run
 
-    _done(out, run(list(images), init, out, config, mine=mine, tests=tests, force=force), "images", "steps")
+    report_done(out, run(list(images), init, out, config, mine=mine, tests=tests, force=force), "images", "steps")
 
 
 @stage("embed", "iir_dist.embed:EmbedConfig")
@@ -213,7 +112,7 @@ def embed(config: Any, images: str, encoder: str, out: str, force: bool) -> None
     from iir_dist.embed import run
 
     manifest = run(images, encoder, out, config, force=force)
-    _done(out, manifest, "in", "out", "rejected")
+    report_done(out, manifest, "in", "out", "rejected")
 
 
 @stage("whiten", "iir_dist.whiten:WhitenConfig")
@@ -234,7 +133,7 @@ def whiten(config: Any, inputs: str, encoder: str, images: str | None, out: str,
     from iir_dist.whiten import run
 
     manifest = run(inputs, encoder, out, config, images_uri=images, force=force)
-    _done(out, manifest, "vectors", "pairs", "classes", "alone", "unlabelled", "images", "rejected", "regions")
+    report_done(out, manifest, "vectors", "pairs", "classes", "alone", "unlabelled", "images", "rejected", "regions")
 
 
 @stage("index", "iir_dist.index.plan:IndexConfig")
@@ -276,7 +175,7 @@ def index(
     if not wanted:
         from iir_dist.index.build import run
 
-        _done(out, run(list(embeddings), out, config, queries=queries, force=force), "rows")
+        report_done(out, run(list(embeddings), out, config, queries=queries, force=force), "rows")
         return
     from iir_dist.index import living
     from iir_dist.index.export import export
@@ -296,7 +195,7 @@ def index(
         else:
             names, ids = named(change["delete"])
             manifest = living.delete(out, names, [*ids, *change["delete_id"]])
-        _done(out, manifest, "rows", "deleted")
+        report_done(out, manifest, "rows", "deleted")
 
 
 @stage("search", "iir_dist.index.search:SearchConfig")
@@ -327,7 +226,7 @@ def search(
     given = {**flags, "k": k, "recall": recall}
     config = config.model_copy(update={key: value for key, value in given.items() if value})
     manifest = run(list(database), list(queries), out, config, only=only, force=force)
-    _done(out, manifest, "queries", "rows")
+    report_done(out, manifest, "queries", "rows")
     for start, stop in manifest.info.get("missing", ()):
         click.echo(f"database rows {start} to {stop - 1} are missing")
 
@@ -343,7 +242,7 @@ def evaluate(config: Any, rankings: str, groundtruth: str, protocol: str | None,
 
     config = config.model_copy(update={"protocol": protocol}) if protocol else config
     manifest = run(rankings, groundtruth, out, config, force=force)
-    _done(out, manifest, "queries")
+    report_done(out, manifest, "queries")
     for level, m in manifest.info["metrics"].items():
         if m["num_queries"]:
             scores = {n: v for n, v in m.items() if n.startswith(("mp@", "recall@", "micro")) and v is not None}
@@ -378,7 +277,7 @@ def report(config: Any, folders: tuple[str, ...], images: tuple[str, ...], out: 
     """
     from iir_dist.report import run
 
-    _done(out, run(list(folders), list(images), out, config, force=force), "evaluations", "benchmarks")
+    report_done(out, run(list(folders), list(images), out, config, force=force), "evaluations", "benchmarks")
     click.echo(f"report: {out.rstrip('/')}/index.html")
 
 
@@ -399,7 +298,7 @@ def _rerank(name: str, config: str, text: str) -> None:
         from iir_dist.rerank.stage import run
 
         manifest = run(rankings, database, queries, out, config, force=force)
-        _done(out, manifest, "queries", "rows")
+        report_done(out, manifest, "queries", "rows")
         click.echo(f"{manifest.info['rerank_ms_per_query']} ms a query")
 
     command.help = text
@@ -427,53 +326,5 @@ def bench_distractors(
     """mAP and cost of search among 0, 10^3, … 10^6 distractors."""
     from iir_dist.bench.stage import run
 
-    _done(out, run(database, groundtruth, distractors, out, config, force=force), "steps")
+    report_done(out, run(database, groundtruth, distractors, out, config, force=force), "steps")
     click.echo(f"report: {out}/report.html")
-
-
-@main.command()
-@click.argument("folder", metavar="DIR")
-def verify(folder: str) -> None:
-    """Recompute every checksum of an artifact."""
-    from iir_dist.artifact import verify as check
-
-    manifest = check(folder)
-    click.echo(f"{folder}: {manifest.stage}, {len(manifest.files)} files as written")
-
-
-@stage("demo", "iir_dist.demo:DemoConfig")
-@click.option("--data", metavar="DIR", help="Real photos; the procedural landmark world where not given.")
-@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Working folder.")
-def demo(config: Any, data: str | None, out: str, force: bool) -> None:
-    """The whole chain on this machine: raw photos to a report, in minutes."""
-    from iir_dist.demo import run
-
-    rows, page = run(out, config, data=data, force=force)
-    click.echo(f"\n{'run':<30} {'level':<8} {'mAP':>6} {'mP@10':>6}  {'database':>8}  search")
-    for row in rows:
-        score = row["scores"]
-        figures = f"{score['mAP']:>6.3f} {score['mP@10']:>6.3f}  {row['database']:>8}"
-        click.echo(f"{row['label']:<30} {row['level']:<8} {figures}  {row['search']}")
-    click.echo(f"\nreport: {page}")
-
-
-@main.command()
-@click.option("--store", metavar="s3://BUCKET", help="An object store to try.")
-def doctor(store: str | None) -> None:
-    """Versions, cores, memory, GPUs, Ray, object store, and what is wrong."""
-    from iir_dist.doctor import examine
-
-    findings = examine(store)
-    for finding in findings:
-        click.echo(f"{finding.what:<24} {finding.found}")
-        if finding.problem:
-            click.echo(f"{'':<24} PROBLEM: {finding.problem}")
-    if any(finding.problem for finding in findings):
-        sys.exit(1)
-    click.echo("nothing is wrong")
-
-
-def _done(uri: str, manifest: Manifest, *counts: str) -> None:
-    """One line about a finished stage."""
-    shown = ", ".join(f"{manifest.counts[key]} {key}" for key in counts if key in manifest.counts)
-    click.echo(f"{uri}: {manifest.stage} {manifest.fingerprint[:12]}, {shown}")
