@@ -95,6 +95,9 @@ at least 0.2 and are bilinear."""
 BYOL_B = BYOL_A.model_copy(update={"blur": 0.1, "solarize": 0.2})
 """The other view of the pair; same sources."""
 
+VICREG = BYOL_A.model_copy(update={"blur": 0.5, "solarize": 0.1})
+"""arXiv:2105.04906, appendix C: both views alike."""
+
 SWAV_GLOBAL = SIMCLR.model_copy(update={"scale": (0.14, 1.0), "interpolation": "bilinear"})
 """arXiv:2006.09882, appendix A; facebookresearch/swav, multicropdataset.py."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from iir_dist.data.augment import BYOL_A, BYOL_B
+from iir_dist.data.augment import BYOL_A, BYOL_B, VICREG
 from iir_dist.losses.redundancy import barlow_twins, vicreg
 from iir_dist.train.methods.method import Context, Method, MethodConfig, Pass, mlp
 
@@ -60,7 +60,7 @@ class VICReg(Method):
 
     def __init__(self, config: VICRegConfig, context: Context) -> None:
         self.config = config
-        self.recipes = (context.recipe(BYOL_A), context.recipe(BYOL_B))
+        self.recipes = (context.recipe(VICREG), context.recipe(VICREG))
         self.passes = (Pass((0,)), Pass((1,)))
         self.head = mlp([context.width, config.dim, config.dim, config.dim])
 
