@@ -31,6 +31,7 @@ from iir_dist.errors import ArtifactError, BusyError, CorruptError, InputError, 
 from iir_dist.lock import lock
 from iir_dist.provenance import git_commit, versions
 from iir_dist.storage import Folder, Publication, open_folder, sha256_of
+from iir_dist.telemetry import count
 
 SCHEMA_VERSION = 1
 ENCODERS = ("encoder", "pretrain", "finetune", "whiten")
@@ -262,7 +263,13 @@ class Work:
                 f"{self.folder.uri} was finished by another process meanwhile; this run's result is dropped"
             )
         self.folder.delete_all(WORK)
+        self._tell(manifest.counts, manifest.files.values())
         return manifest
+
+    def _tell(self, counts: Mapping[str, int], files: Iterable[FileEntry]) -> None:
+        """Count what this run wrote and refused."""
+        count("iir_bytes_total", sum(entry.size for entry in files), self.stage)
+        count("iir_errors_total", counts.get("rejected", 0), self.stage, kind="rejected")
 
     def draft(
         self,
@@ -335,6 +342,8 @@ class Work:
             raise BusyError(f"{self.folder.uri} was changed by another process meanwhile; run the same command again")
         self.folder.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
         self.folder.delete_all(WORK)
+        rejected = manifest.counts.get("rejected", 0) - old.counts.get("rejected", 0)
+        self._tell({"rejected": rejected}, [*added.values(), *files.values()])
         return manifest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,14 +93,19 @@ def stage(name: str, config: str, group: click.Group | None = None) -> Callable[
 @click.group(cls=Main, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="iir")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
-def main(verbose: bool) -> None:
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="IIR_LOG_FORMAT",
+    help="Progress and log lines: text, or a JSON object each, with the id of the run.",
+)  # fmt: skip
+def main(verbose: bool, log_format: str) -> None:
     """Instance-level image retrieval at scale.
 
     Stages meet through folders, on local disk or s3://: ingest, then pretrain, finetune or encoder, then embed, whiten,
     index, search, evaluate and report. Each is resumable: after an interruption run the same command again.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("iir_dist").setLevel(logging.DEBUG if verbose else logging.INFO)
+    from iir_dist.telemetry import log_to_stderr
+
+    log_to_stderr(log_format, logging.DEBUG if verbose else logging.INFO)
 
 
 out = click.option("--out", required=True, metavar="DIR", help="Output folder or s3:// address.")

@@ -79,6 +79,8 @@ def _embed(
     with Progress("embed", rows, "images", done=finished) as progress:
         for table in vectors(images, manifest, pending, encoder[0].uri, spec, todo, config, progress):
             write_shard(work.folder, table, config.dtype)
+            finished += len(table)
+            progress.in_flight(progress.done - finished)  # images whose vectors wait for the rest of their shard
     return {"memory_plan": todo.manifest()}
 
 

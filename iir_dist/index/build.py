@@ -145,6 +145,7 @@ def _fill(work: artifact.Work, collection: Collection, todo: IndexPlan, seed: in
                     session.result_of(ref)
                     start, stop = tasks.pop(ref)
                     progress.advance(stop - start)
+                progress.in_flight(len(tasks))
         finally:  # without the lock they would write into the next run
             for ref in tasks:
                 ray.cancel(ref, force=True)

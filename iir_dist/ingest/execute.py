@@ -81,6 +81,7 @@ def execute(folder: Folder, planned: Marker, config: IngestConfig, done: Mapping
                     progress.advance(sizes[writing.pop(ref) - first])
                 else:
                     checked[checking.pop(ref)] = result
+            progress.in_flight(len(checking) + len(writing))
             while next_write in counts or next_write in checked:
                 if next_write in checked:
                     one = checked.pop(next_write)

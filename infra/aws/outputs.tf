@@ -1,0 +1,17 @@
+output "bucket" {
+  value = "s3://${aws_s3_bucket.this.id}"
+}
+
+output "role_arn" {
+  description = "For both service accounts in cluster/kuberay/platform/accounts.yaml."
+  value       = aws_iam_role.bucket.arn
+}
+
+output "instance_profile" {
+  description = "For cluster/aws.yaml."
+  value       = aws_iam_instance_profile.node_bucket.name
+}
+
+output "kubeconfig" {
+  value = "aws eks update-kubeconfig --region ${var.region} --name ${aws_eks_cluster.this.name}"
+}
