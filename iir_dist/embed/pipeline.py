@@ -111,7 +111,8 @@ def vectors(
         with artifact.verified(images, names[number], manifest.files[names[number]]) as path:
             yield from batches(path, number, size, resize, pixels)
 
-    starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
+    pinned = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": session.here()}
+    starts = ray.remote(**pinned)(Starts).remote()
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     # One batch a block: with Ray's 128 MB a small set would be a single block, and all but one worker idle. A block is
@@ -139,6 +140,7 @@ def vectors(
             ),
             num_cpus=plan.worker_cpus,
             num_gpus=plan.worker_gpus,
+            resources=session.accelerator(),
         )
     )  # fmt: skip
     options = rows.context.execution_options

@@ -32,18 +32,19 @@ class Actors:
         self._ray = session.connect()
         infos = shards_of(folder, manifest)
         groups = [infos[i::workers] for i in range(min(workers, len(infos)))]
-        threads = max(1, session.cluster_cpus() // max(1, len(groups)))
+        threads = max(1, min(session.cluster_cpus() // max(1, len(groups)), session.largest_node_cpus()))
         self.threads = threads + 1  # one more waits at the actor while answers are merged here
         # No CPUs of its own: a search would wait forever on a cluster that is busy to its last one.
-        actor = self._ray.remote(
-            num_cpus=0, scheduling_strategy="SPREAD", max_concurrency=threads, max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )(Shards)  # fmt: skip
+        actor = self._ray.remote(num_cpus=0, max_concurrency=threads, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
+            Shards
+        )
         self._counts = {info.number: info.count for info in infos}
         dim = int(manifest.info["dim"])
         self.actors = {
-            frozenset(info.number for info in group): actor.remote(folder, group, dim, manifest.files, threads)
-            for group in groups
+            frozenset(info.number for info in group): actor.options(
+                scheduling_strategy=session.on_worker(number)
+            ).remote(folder, group, dim, manifest.files, threads)
+            for number, group in enumerate(groups)
         }
         self._sent: tuple[Bits, Any] | None = None
         self._lock = threading.Lock()

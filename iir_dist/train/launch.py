@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -62,8 +63,9 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
         raise IirError(
             f"{what}.workers = {fewest}, but the cluster has {cpus} CPUs and {gpus} GPUs; ask for at most {gpus or cpus}"
         )
-    threads = max(1, cpus // min(most, cpus))  # of a worker without a GPU
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    threads = session.threads_of(min(most, cpus))  # of a worker without a GPU
+    # On another node it would be lost with that node, and the training with it.
+    board = ray.remote(num_cpus=0, scheduling_strategy=session.here())(_Board).remote()
 
     def worker(config: dict[str, Any]) -> None:
         import torch
@@ -88,11 +90,11 @@ def launch(body: Body, arguments: dict[str, Any], *, what: str, steps: int, work
         trainer = TorchTrainer(
             worker,
             train_loop_config=arguments,
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_hang_sec()),
             scaling_config=ray_train.ScalingConfig(
                 num_workers=fewest if fewest == most else (fewest, most),
                 use_gpu=gpus > 0,
-                resources_per_worker={"GPU": 1} if gpus else {"CPU": threads},
+                resources_per_worker=({"GPU": 1} if gpus else {"CPU": threads}) | session.accelerator(),
             ),
             run_config=ray_train.RunConfig(
                 name=what,
@@ -129,6 +131,14 @@ def _fit(trainer: Any, board: Any, what: str, steps: int, done: int, ray: Any) -
             raise TrainingError(f"{what} failed {MAX_FAILURES + 1} times, last: {_last_line(failure[0])}") from failure[
                 0
             ]
+
+
+def _hang_sec() -> int:
+    """`IIR_HANG_SEC`: so long the workers wait for one that neither answers nor dies; then all are started again."""
+    text = os.environ.get("IIR_HANG_SEC", "1800")
+    if not text.isdigit() or int(text) == 0:
+        raise IirError(f"IIR_HANG_SEC = {text!r}; expected whole seconds, for example 1800")
+    return int(text)
 
 
 def _last_line(error: Exception) -> str:
