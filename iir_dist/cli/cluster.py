@@ -42,12 +42,13 @@ def submit(
     from iir_dist.submit.command import parse
     from iir_dist.submit.jobs import Jobs, package_note
     from iir_dist.submit.package import pack, runtime_env
+    from iir_dist.telemetry import RUN
 
     work = parse(main, line, shared)
     variables = {} if no_credentials else credentials.found(os.environ)
     with tempfile.TemporaryDirectory(prefix="iir-submit-") as scratch:
         folder = Path(scratch)
-        size = pack(folder, work, variables)
+        size = pack(folder, work, variables | {RUN: work.submission_id})
         click.echo(package_note(size, folder, list(variables)), err=True)
         jobs = Jobs(address)
         entrypoint = shlex.join(["python", work.script, *work.words[1:], *work.arguments])
