@@ -2,9 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 OUT ?= demo
+WONDERS := $(wildcard ../shared/data/wonders11.tar)
+TRUTH := ../shared/data/groundtruth/wonders11/gnd_wonders11.pkl
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-distractors clean
+.PHONY: help demo cluster-demo test test-slow chaos check format serve-demo bench bench-distractors clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -20,16 +22,30 @@ help: ## show this
 demo: .venv/.stamp ## raw photos to a report on this machine; DATA=DIR for real photos
 	$(BIN)/iir demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
+serve-demo: .venv/.stamp ## search by photo: an address where a photo finds its landmark
+	$(BIN)/python -m iir_dist.serve.demo --out serve-demo $(if $(WONDERS),--photos $(WONDERS) --groundtruth $(TRUTH))
+	@echo "photos to search with: serve-demo/queries"
+	$(BIN)/iir serve serve-demo/index --images serve-demo/images --encoder serve-demo/encoder --local
+
 test: .venv/.stamp ## the tests: CPU, offline, deterministic
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.stamp ## the tests that take minutes; real photos where ../shared/data is there
 	$(BIN)/python -m pytest -m slow
 
-check: .venv/.stamp ## lint, format and types; changes nothing
+chaos: .venv/.stamp ## kill nodes, drivers, heads and the store in the middle of every step; a table of what it cost
+	rm -f chaos.jsonl
+	CHAOS_TABLE=chaos.jsonl $(BIN)/python -m pytest -m chaos -o timeout=1800 tests/cluster
+	$(BIN)/python tests/cluster/fault_table.py chaos.jsonl
+
+cluster-demo: .venv/.stamp ## the demo as a job on three nodes that lose one; its figures against those of this machine alone
+	$(BIN)/python tests/cluster/demo.py --out cluster-demo $(if $(DATA),--data $(DATA),$(if $(WONDERS),--data ../shared/data))
+
+check: .venv/.stamp ## lint, format, types, deployment files; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/infra
 
 format: .venv/.stamp ## let ruff format and fix
 	$(BIN)/ruff check --fix .
@@ -42,5 +58,5 @@ bench-distractors: .venv/.stamp ## mAP and cost of search among up to a million 
 	$(BIN)/python benchmarks/distractors.py $(if $(DATA),--data $(DATA)) --out bench-distractors
 
 clean: ## remove the environment, the demo's output and all caches
-	rm -rf .venv demo bench-distractors .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv demo cluster-demo chaos.jsonl serve-demo bench-distractors .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,11 +19,11 @@ from iir_dist.errors import ConfigError
 
 STAGES = (
     "ingest", "encoder", "pretrain", "finetune", "embed", "whiten", "index", "search", "qe", "dba", "diffusion", "superglobal",
-    "evaluate", "distractors", "report", "demo",
+    "evaluate", "distractors", "report", "demo", "serve",
 )  # fmt: skip
 
 
-TABLES = (*STAGES, "storage")
+TABLES = (*STAGES, "study", "storage")
 """Of a config file."""
 
 

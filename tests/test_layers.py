@@ -9,21 +9,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "iir_dist"
 LAYERS = [
-    {"", "errors", "vectors", "metrics", "progress", "provenance"},
+    {"", "client", "credentials", "errors", "vectors", "metrics", "progress", "provenance", "telemetry"},
     {"config", "storage"},
     {"lock", "session"},
     {"artifact"},
+    {"leftovers"},
     {"data"},
     {"models", "losses", "overlap"},
     {"train"},
     {"ingest", "embed", "whiten", "whiten_regions", "index", "evaluate", "compare", "report"},
     {"rerank", "mine"},
-    {"bench", "doctor", "demo"},
+    {"bench", "doctor", "demo", "serve", "sizing", "study"},
+    {"submit"},
     {"cli"},
     {"__main__"},
 ]
-TORCH = {"losses", "models", "train", "data/augment", "embed", "whiten", "whiten_regions", "doctor"}
-RAY = {"session", "embed", "train/launch"}
+TORCH = {"losses", "models", "train", "data/augment", "embed", "whiten", "whiten_regions", "doctor", "serve/embedding", "study/classify"}
+RAY = {"session", "telemetry", "embed", "train/launch", "submit/jobs", "serve/deploy"}
 FAISS = {"index/build", "index/train", "index/shard", "index/export"}
 
 
