@@ -24,7 +24,18 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-TORCH = {"losses", "models", "train", "data/augment", "embed", "whiten", "whiten_regions", "doctor", "serve/embedding", "study/classify"}
+TORCH = {
+    "losses",
+    "models",
+    "train",
+    "data/augment",
+    "embed",
+    "whiten",
+    "whiten_regions",
+    "doctor",
+    "serve/embedding",
+    "study/classify",
+}
 RAY = {"session", "telemetry", "embed", "train/launch", "submit/jobs", "serve/deploy"}
 FAISS = {"index/build", "index/train", "index/shard", "index/export"}
 

@@ -6,10 +6,11 @@ import contextlib
 import http.client
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iir_dist import session
+from iir_dist.config import build
 from iir_dist.errors import IirError
 from iir_dist.serve.config import ServeConfig
 
@@ -43,7 +44,33 @@ def run(
     ray = session.connect()
     from ray import serve
 
-    def build() -> Any:
+    try:
+        with contextlib.suppress(TimeoutError):  # it goes on to start; what counts is whether it answers
+            serve.start(http_options={"host": host, "port": port})
+        serve.run(_bound(index, config, images, encoder, token), name=NAME, route_prefix="/")
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        why = [line for line in str(error).splitlines() if line.startswith("iir_dist.errors.")]
+        raise IirError(why[-1].partition(": ")[2] if why else f"the replicas did not start: {error}") from error
+    _wait(host, port)
+
+
+def application(args: Mapping[str, Any]) -> Any:
+    """For Serve's own configs (KubeRay's RayService): the application that `import_path` names.
+
+    Args:
+        args: `index`; `encoder` and `images` (a list) where wanted; other keys are those of `[serve]`. The token, which the
+            service needs as soon as others than this machine ask, is that of IIR_SERVE_TOKEN.
+    """
+    given = dict(args)
+    index, images, encoder = given.pop("index"), given.pop("images", ()), given.pop("encoder", None)
+    config = build(ServeConfig, given, "serve")
+    return _bound(index, config, images, encoder, os.environ.get("IIR_SERVE_TOKEN"))
+
+
+def _bound(index: str, config: ServeConfig, images: Sequence[str], encoder: str | None, token: str | None) -> Any:
+    from ray import serve
+
+    def replica() -> Any:
         from iir_dist.serve import app
         from iir_dist.serve.service import Service
 
@@ -51,8 +78,8 @@ def run(
         return app.build(Service(index, one, images, encoder), token)
 
     low, high = (config.replicas,) * 2 if isinstance(config.replicas, int) else config.replicas
-    deployment = serve.deployment(
-        serve.ingress(build)(),
+    return serve.deployment(
+        serve.ingress(replica)(),
         name=NAME,
         ray_actor_options={"num_cpus": 0},  # as much as it has threads; a stage that runs beside must not stop it
         max_ongoing_requests=2 * config.concurrent,
@@ -60,15 +87,7 @@ def run(
             "min_replicas": low, "max_replicas": high, "target_ongoing_requests": max(1, config.concurrent // 8)
         },
         graceful_shutdown_timeout_s=config.timeout_sec,
-    )  # fmt: skip
-    try:
-        with contextlib.suppress(TimeoutError):  # it goes on to start; what counts is whether it answers
-            serve.start(http_options={"host": host, "port": port})
-        serve.run(deployment.bind(), name=NAME, route_prefix="/")
-    except (RuntimeError, ray.exceptions.RayError) as error:
-        why = [line for line in str(error).splitlines() if line.startswith("iir_dist.errors.")]
-        raise IirError(why[-1].partition(": ")[2] if why else f"the replicas did not start: {error}") from error
-    _wait(host, port)
+    ).bind()  # fmt: skip
 
 
 def _wait(host: str, port: int) -> None:
