@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from iir_dist.cli import main
 from iir_dist.client import Client
-from iir_dist.errors import InputError
+from iir_dist.errors import ConfigError, InputError
 
 
 def arguments(collection: served.Collection, *more: str) -> list[str]:
@@ -113,3 +113,17 @@ def test_a_replica_that_is_killed_is_replaced(collection: served.Collection) -> 
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=120)
+
+
+def test_the_application_of_a_serve_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What KubeRay imports: keys of [serve] beside the folders, and nothing else."""
+    from iir_dist.serve import deploy
+
+    seen: list[Any] = []
+    monkeypatch.setattr(deploy, "_bound", lambda *given: seen.append(given))
+    monkeypatch.setenv("IIR_SERVE_TOKEN", "sixteen letters.")
+    deploy.application({"index": "i", "encoder": "e", "images": ["a", "b"], "replicas": [1, 3]})
+    ((index, config, images, encoder, token),) = seen
+    assert (index, images, encoder, token, config.replicas) == ("i", ["a", "b"], "e", "sixteen letters.", (1, 3))
+    with pytest.raises(ConfigError, match=r"serve\.replica is not a known key"):
+        deploy.application({"index": "i", "replica": 2})
