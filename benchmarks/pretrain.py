@@ -367,16 +367,17 @@ def curve(folder: Path, data: Path) -> None:
         low, high = level.interval or (float("nan"), float("nan"))
         print(f"| {title} | {minutes:.0f} | {seen:,} | {found['map']:.3f} | {found['map'] / base['map']:.2f} | "
               f"{level.difference:+.3f} ({low:+.3f} to {high:+.3f}) |", flush=True)  # fmt: skip
-        series[title] = [(line["step"] + 1, line) for line in lines if "val_map" in line]
+        batch = json.loads((encoder / "manifest.json").read_text())["config"]["batch"]
+        series[title] = [(batch * (line["step"] + 1), line) for line in lines if "val_map" in line]
     for title, points in series.items():
-        print(f"\n{title}\n\n| step | loss | mAP | spread | effective rank |\n|---:|---:|---:|---:|---:|")
-        for step, line in points:
-            print(f"| {step} | {line['loss']:.2f} | {line['val_map']:.3f} | {line['val_spread']:.2f} | "
+        print(f"\n{title}\n\n| photos seen | loss | mAP | spread | effective rank |\n|---:|---:|---:|---:|---:|")
+        for seen, line in points:
+            print(f"| {seen:,} | {line['loss']:.2f} | {line['val_map']:.3f} | {line['val_spread']:.2f} | "
                   f"{line['val_effective_rank']:.0f} |")  # fmt: skip
-    plot({t: [(s, line["val_map"]) for s, line in points] for t, points in series.items()}, base["map"])
+    plot({t: [(s / 1000, line["val_map"]) for s, line in points] for t, points in series.items()}, base["map"])
 
 
-def plot(series: dict[str, list[tuple[int, float]]], random: float) -> None:
+def plot(series: dict[str, list[tuple[float, float]]], random: float) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -388,7 +389,7 @@ def plot(series: dict[str, list[tuple[int, float]]], random: float) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title)
         axes.axhline(random, linestyle="--", color="grey", label="random network")
         axes.axhline(1.5 * random, linestyle=":", color="grey", label="1.5 times")
-        axes.set(xlabel="steps of 128 photos", ylabel="wonders11 mAP, exact search", ylim=(0, None))
+        axes.set(xlabel="thousand photos seen", ylabel="wonders11 mAP, exact search", ylim=(0, None))
         axes.grid(alpha=0.25)
         axes.legend(loc="lower right")
         figure.tight_layout()

@@ -52,16 +52,19 @@ def query_expansion(q: Vector, x: Sequence[Vector], k: int, alpha: float) -> lis
     return [dot(new, candidate) for candidate in x]
 
 
-def augmentation(q: Vector, x: Sequence[Vector], k: int, alpha: float) -> list[float]:
-    """The candidates expanded as queries are, by the k nearest others."""
-    scores = []
+def augmentation(
+    q: Vector, x: Sequence[Vector], k: int, alpha: float, expand: int = 0, expand_alpha: float = 0
+) -> list[float]:
+    """The candidates expanded as queries are, by the k nearest others; then the query by the new candidates."""
+    augmented = []
     for i, candidate in enumerate(x):
         near = others(x, i, k)
         new = [float(v) for v in candidate]
         for j in near:
             new = plus(new, max(dot(candidate, x[j]), 0.0) ** alpha, x[j])
-        scores.append(dot(q, unit([v / (len(near) + 1) for v in new])))
-    return scores
+        augmented.append(unit([v / (len(near) + 1) for v in new]))
+    asked = expanded(q, augmented, expand, expand_alpha) if expand else q
+    return [dot(asked, candidate) for candidate in augmented]
 
 
 def affinity(x: Sequence[Vector], k: int, gamma: float) -> npt.NDArray[np.float64]:

@@ -41,7 +41,8 @@ from iir_dist.vectors import F32, I64, normalize
 IN_LIST = (
     QueryExpansion(again="list", n=25, k=4), QueryExpansion(again="list", n=30, k=20, alpha=1.5),
     QueryExpansion(again="list", n=30, k=6, alpha=0),
-    Augmentation(n=25, k=3), Augmentation(n=30, k=5, alpha=0), SuperGlobal(n=25, k=4), SuperGlobal(n=30, beta=0.4),
+    Augmentation(n=25, k=3), Augmentation(n=30, k=5, alpha=0), Augmentation(n=30, k=4, expand=6, expand_alpha=1.5),
+    SuperGlobal(n=25, k=4), SuperGlobal(n=30, beta=0.4),
     Diffusion(n=25, k=6, kq=3), Diffusion(n=30, k=12, kq=5, alpha=0.8, gamma=2, iterations=7),
 )  # fmt: skip
 ids = [f"{c.name}-{i}" for i, c in enumerate(IN_LIST)]  # type: ignore[attr-defined]
@@ -80,7 +81,7 @@ def expected(config: Method, q: F32, xb: F32, listed: Sequence[int]) -> tuple[li
     if isinstance(config, QueryExpansion):
         scores = slow.query_expansion(q.tolist(), x, config.k, config.alpha)
     elif isinstance(config, Augmentation):
-        scores = slow.augmentation(q.tolist(), x, config.k, config.alpha)
+        scores = slow.augmentation(q.tolist(), x, config.k, config.alpha, config.expand, config.expand_alpha)
     elif isinstance(config, SuperGlobal):
         scores = slow.superglobal(q.tolist(), x, config.k, config.beta)
     else:
@@ -172,7 +173,14 @@ def test_average_query_expansion_is_alpha_0() -> None:
 def test_augmentation_of_a_whole_database_is_that_ahead_of_time() -> None:
     xb, xq = data("clustered", 60, 16, seed=1), data("clustered", 5, 16, seed=2)
     ahead = f32([slow.expanded(x.tolist(), np.delete(xb, i, 0).tolist(), 7, 3.0) for i, x in enumerate(xb)])
-    assert np.array_equal(rerank(Augmentation(k=7), xq, lists(xq, xb), lambda r: xb[r])[1], lists(xq, ahead))
+    found = rerank(Augmentation(k=7), xq, lists(xq, xb), lambda r: xb[r])[1]
+    assert np.array_equal(found, lists(xq, ahead))
+    # Then query expansion on the augmented database, first search and second.
+    again = QueryExpansion(k=5, alpha=2)
+    ranked = rerank(again, xq, lists(xq, ahead), lambda r: ahead[r], lambda x, k: (x @ ahead.T, lists(x, ahead)))[1]
+    both = rerank(Augmentation(k=7, expand=5, expand_alpha=2), xq, lists(xq, xb), lambda r: xb[r])[1]
+    assert np.array_equal(both, ranked)
+    assert not np.array_equal(both, found)
 
 
 def test_diffusion_solves_the_system() -> None:

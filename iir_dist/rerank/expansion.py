@@ -16,6 +16,15 @@ from iir_dist.rerank.method import Method, best, inner
 from iir_dist.vectors import F32, normalize
 
 
+def joined(q: F32, x: F32, k: int, alpha: float) -> F32:
+    """The query and the `k` nearest of the candidates (n, d), by a power of their similarity; (d,), of unit norm."""
+    sims = inner(x, q)
+    near = best(sims, k)
+    weights = np.maximum(sims[near], 0) ** np.float32(alpha)  # 0^0 is 1: all count the same
+    sums = np.asarray(q + np.einsum("k,kd->d", weights, x[near]), np.float32)
+    return np.asarray(normalize(sums[None])[0])
+
+
 class QueryExpansion(Method):
     """`[qe]`."""
 
@@ -39,11 +48,7 @@ class QueryExpansion(Method):
             q: (d,) the query.
             x: (n, d) candidates, of which the `k` nearest join it.
         """
-        sims = inner(x, q)
-        near = best(sims, self.k)
-        weights = np.maximum(sims[near], 0) ** np.float32(self.alpha)  # 0^0 is 1: all count the same
-        joined = np.asarray(q + np.einsum("k,kd->d", weights, x[near]), np.float32)
-        return np.asarray(normalize(joined[None])[0])
+        return joined(q, x, self.k, self.alpha)
 
     def scores(self, q: F32, x: F32) -> F32:
         """Inner products with the expanded query."""

@@ -1,7 +1,8 @@
 """A classifier trained from nothing on labelled photos: fine-tuning's batches, loss and loop, with batch norm that learns.
 
 Fine-tuning freezes batch norm, whose statistics come with the weights. A random network has none, so here each chunk is
-normalized by its own and running ones are kept, as pretraining does (`train.norm`): the two are then compared as equals.
+normalized by its own and running ones are kept, as pretraining does (`train.norm`), and what is trained is the average of the
+feature map, as there and in published classifiers, whatever the pooling that it is read by: the two are then compared as equals.
 """
 
 from __future__ import annotations
@@ -10,31 +11,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from iir_dist import artifact, overlap
 from iir_dist.artifact import Manifest
 from iir_dist.data.cache import Photos
-from iir_dist.errors import ConfigError
 from iir_dist.models.encoder import Encoder, load
 from iir_dist.storage import open_folder
 from iir_dist.train import checkpoints, launch, stage
 from iir_dist.train.backprop import Outcome
 from iir_dist.train.finetune_config import FinetuneConfig, MinedBatches
 from iir_dist.train.finetune_task import FinetuneTask
-from iir_dist.train.loop import Run, train
+from iir_dist.train.loop import Run, autocast, train
 from iir_dist.train.norm import Running
 
 
 class ClassifyConfig(FinetuneConfig):
-    """As `[finetune]`, without a projection."""
+    """As `[finetune]`, without a projection, held-out classes and mined batches."""
 
     projection: int | None = None
 
+    @model_validator(mode="after")
+    def _without(self) -> ClassifyConfig:
+        if self.projection is not None or self.validation.classes or isinstance(self.batches, MinedBatches):
+            raise ValueError(
+                "a classifier has no projection, held-out classes or mined batches; leave them out of its settings"
+            )
+        return self
+
 
 class ClassifierTask(FinetuneTask):
-    """As fine-tuning, but a chunk is normalized by its own statistics; nothing else of the network is in training mode."""
+    """As fine-tuning, but of averages, and a chunk is normalized by its own statistics; nothing else is in training mode."""
 
     def __init__(self, photos: Photos, encoder: Encoder, config: FinetuneConfig) -> None:
         super().__init__(photos, encoder, config)
@@ -50,7 +60,10 @@ class ClassifierTask(FinetuneTask):
         return outcome
 
     def _embed(self, x: Tensor) -> Tensor:
-        z = super()._embed(x)
+        encoder = self.encoder
+        with autocast(self.device, self.config.precision):
+            _, feature_map = encoder.trunk.tokens((x - encoder.mean) / encoder.std)
+        z = functional.normalize(feature_map.float().mean((-2, -1)), dim=-1)
         if torch.is_grad_enabled():  # the first of the two passes sees the same chunks
             self.running.count()
         return z
@@ -80,13 +93,8 @@ def run(
     """Train a network on labelled images; the config is fine-tuning's.
 
     Raises:
-        ConfigError: the config has a projection, held-out classes or mined batches, which are for fine-tuning.
         InputError: the images overlap a test set.
     """
-    if config.projection is not None or config.validation.classes or isinstance(config.batches, MinedBatches):
-        raise ConfigError(
-            "a classifier has no projection, held-out classes or mined batches; leave them out of its settings"
-        )
     sources = [artifact.require(uri, "ingest") for uri in images]
     start = artifact.require(init, *artifact.ENCODERS)
     refs = {

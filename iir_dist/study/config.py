@@ -19,6 +19,7 @@ from iir_dist.errors import ConfigError
 Method = Literal["none", "pca", "lw"]
 TRAININGS = ("pretraining", "finetuning")
 """Parts of an arm that are trainings."""
+RERANKERS = ("qe", "dba", "diffusion", "superglobal")
 
 
 class _Table(StageConfig):
@@ -302,6 +303,8 @@ def _names(config: StudyConfig) -> None:
     for name in (*config.tests, *config.distractors):
         known(name, config.photos, "photos", "tests or distractors")
     known(config.whitening_photos, config.photos, "photos", "whitening_photos")
+    if config.whitening_photos in config.tests:
+        raise ConfigError(f"whitening_photos = {config.whitening_photos!r} is a test; learn whitening on another set")
     for test in config.tests:
         if not config.photos[test].has_groundtruth:
             raise ConfigError(f"photos.{test} has no groundtruth, so it cannot be a test")
@@ -314,9 +317,16 @@ def _names(config: StudyConfig) -> None:
         for arm_name in ablation.arms:
             known(arm_name, config.arms, "arm", f"ablation of {ablation.axis}")
             value_at(config, config.arms[arm_name], ablation.axis)
+        part, _, path = ablation.axis.partition(".")
+        if part in TRAININGS and path.partition(".")[0] not in ("labels", "settings"):
+            raise ConfigError(f"an ablation of {ablation.axis} is not one; known below {part}: labels, settings")
     for entry in config.leaderboard:
         known(entry.arm, config.arms, "arm", f"leaderboard entry {entry.name!r}")
         known(entry.finetuning, config.trainings, "training", f"leaderboard entry {entry.name!r}")
+        if entry.rerank is not None and entry.rerank.get("name") not in RERANKERS:
+            raise ConfigError(
+                f"leaderboard entry {entry.name!r} re-ranks by {entry.rerank.get('name')!r}; known: {', '.join(RERANKERS)}"
+            )
     labels = [*config.arms, *(entry.name for entry in config.leaderboard)]
     if len(set(labels)) < len(labels):
         raise ConfigError("an arm or leaderboard entry has the name of another one")

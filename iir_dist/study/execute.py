@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from iir_dist.config import StageConfig, build, fingerprint
@@ -199,16 +200,22 @@ def _ingest(node: Node, place: Place, config: Any, out: str, given: Mapping[str,
 
 
 def _encoder(node: Node, place: Place, config: Any, out: str, given: Mapping[str, list[str]]) -> object:
+    from iir_dist import artifact
     from iir_dist.data.downloads import downloads_folder, fetch
     from iir_dist.models.encoder import run
+    from iir_dist.storage import open_folder, sha256_of
 
     weights = node.sources.get("weights")
     if weights is not None:
         remote = weights.startswith(("http://", "https://"))
         # A folder for each address: several publishers call their file resnet50.pth.
         folder = downloads_folder() / "weights" / fingerprint(weights)[:12]
-        path = str(fetch(weights, folder) if remote else place.source(weights))
-        config = config.model_copy(update={"weights": path})
+        path = Path(fetch(weights, folder) if remote else place.source(weights))
+        there = artifact.read_manifest(open_folder(out))
+        # The manifest holds a path; the same weights elsewhere, of another --data or machine, are the same encoder.
+        if there and path.is_file() and there.inputs["weights"].fingerprint == sha256_of(path):
+            return there
+        config = config.model_copy(update={"weights": str(path)})
     return run(out, config)
 
 

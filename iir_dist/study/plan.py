@@ -20,6 +20,12 @@ FOLDERS = {
     "search": "rankings", "rerank": "rankings", "evaluate": "metrics", "overlap": "overlap", "near": "overlap",
 }  # fmt: skip
 """Where a stage writes, below the study's folder."""
+_TRAINING = frozenset({"checkpoint_every", "keep", "workers", "loaders", "pixels_gb", "tensorboard"})
+EXECUTION = {
+    "ingest": frozenset({"max_rejected"}), "pretrain": _TRAINING - {"pixels_gb"}, "classify": _TRAINING, "finetune": _TRAINING,
+    "embed": frozenset({"workers"}),
+}  # fmt: skip
+"""Keys that change how a stage runs and not what it writes (`execution` of its config, which cannot be read without torch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ class _Planner:
 
     def _add(self, stage: str, name: str, **parts: Any) -> Node:
         node = Node("", stage, **parts)
-        given = fingerprint([stage, node.inputs, node.sources, node.config])
+        decisive = {k: v for k, v in node.config.items() if k not in EXECUTION.get(stage, ())}
+        given = fingerprint([stage, node.inputs, node.sources, decisive])
         key = f"{FOLDERS[stage]}/{name}-{given[:8]}"
         return self.nodes.setdefault(key, Node(key, stage, **parts))
 

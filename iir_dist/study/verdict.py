@@ -4,7 +4,8 @@ Two things are sampled: queries, and the seeds that networks were trained with. 
 with each of the other, because AP of one query under one seed shares its luck with that query under other seeds and with
 other queries under that seed. (The "pigeonhole" bootstrap of Owen, Annals of Applied Statistics 2007, arXiv:0712.1111, who
 shows that it errs on the wide side; averaging over seeds first would leave out that another training gives another network.)
-With two or three seeds that part is rough, and with one it is not there at all, which the sentence then says.
+With two or three seeds that part is too small (a half, two thirds of the variance), and with one it is not there at all,
+which the sentence then says. Queries count as independent; those of one landmark are not.
 """
 
 from __future__ import annotations

@@ -69,6 +69,15 @@ def test_a_question_must_ask_something(tiny: dict[str, Any]) -> None:
         (lambda v: v["settings"].update(whitening={"method": "pca"}), ["needs whitening_photos"]),
         (lambda v: v["settings"].update(sise=3), ["study.settings.sise is not a known key", "size"]),
         (lambda v: v.update(leaderboard=[{"name": "FT", "arm": "FT"}]), ["has the name of another one"]),
+        (
+            lambda v: v.update(leaderboard=[{"name": "x", "arm": "FT", "rerank": {"name": "embed"}}]),
+            ["entry 'x' re-ranks by 'embed'", "known: qe, dba"],
+        ),
+        (lambda v: v.update(whitening_photos="benchmark"), ["whitening_photos = 'benchmark' is a test"]),
+        (
+            lambda v: v.update(ablations=[{"axis": "finetuning.photos", "values": [["x"]], "arms": ["FT"]}]),
+            ["ablation of finetuning.photos", "known below finetuning: labels, settings"],
+        ),
     ],
 )
 def test_what_else_is_refused(tiny: dict[str, Any], change: Any, parts: list[str]) -> None:

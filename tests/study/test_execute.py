@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
-from iir_dist.errors import ConfigError, InputError
+from iir_dist.errors import ConfigError, InputError, MismatchError
 from iir_dist.study import checked, execute
 from iir_dist.study.execute import Place
 from iir_dist.study.plan import Node, plan
@@ -97,6 +98,25 @@ def test_a_node_in_a_process_of_its_own(tiny: dict[str, Any], tmp_path: Path) ->
     assert (tmp_path / node.key / "manifest.json").exists()
     other = Node("images/x", "ingest", sources={"source": "none.tar"}, config={"split": "db"})
     assert "none.tar" in str(execute._in_a_process(context, other, place)[0])
+
+
+def test_the_same_weights_elsewhere_are_the_same_encoder(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Of another --data; other weights are refused."""
+    from iir_dist.models.encoder import EncoderConfig, create
+
+    tiny["starts"]["scratch"]["weights"] = "w.safetensors"
+    (node,) = (n for n in plan(checked(tiny)).nodes if n.stage == "encoder")
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / folder).mkdir()
+        network = create(EncoderConfig(backbone="resnet18", weights="random", seed=seed))
+        save_file(network.trunk.net.state_dict(), tmp_path / folder / "w.safetensors")
+    out = str(tmp_path / "out")
+    execute.run_node(node, Place(out, str(tmp_path / "a")))
+    written = (tmp_path / "out" / node.key / "manifest.json").read_bytes()
+    execute.run_node(node, Place(out, str(tmp_path / "b")))
+    assert (tmp_path / "out" / node.key / "manifest.json").read_bytes() == written
+    with pytest.raises(MismatchError, match="weights"):
+        execute.run_node(node, Place(out, str(tmp_path / "c")))
 
 
 def test_where_things_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,8 @@ import pytest
 from iir_dist.errors import ConfigError
 from iir_dist.study import checked, read_config
 from iir_dist.study.estimate import cost, needed
-from iir_dist.study.plan import Node, Plan, plan
+from iir_dist.study.execute import MODELS
+from iir_dist.study.plan import EXECUTION, Node, Plan, plan
 from iir_dist.study.stage import check, preview
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -66,6 +68,17 @@ def test_a_change_makes_anew_only_what_depends_on_it(tiny: dict[str, Any]) -> No
     gone = before - {n.key for n in planned(tiny).nodes}
     assert {key.split("/")[0] for key in gone} == {"encoders", "embeddings", "rankings", "metrics"}
     assert len(gone) == 4
+
+
+def test_how_a_stage_is_run_does_not_make_it_another_one(tiny: dict[str, Any]) -> None:
+    before = {n.key for n in planned(tiny).nodes}
+    tiny["trainings"]["ap"]["settings"] |= {"workers": 2, "checkpoint_every": 1}
+    tiny["embed"] = {"workers": 2}
+    assert {n.key for n in planned(tiny).nodes} == before
+    assert by_stage(planned(tiny), "finetune")[0].config["workers"] == 2
+    for stage, keys in EXECUTION.items():
+        module, _, name = MODELS[stage].partition(":")
+        assert keys == getattr(importlib.import_module(module), name).execution, stage
 
 
 def test_the_training_is_shared_by_all_ways_to_read_it(tiny: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from iir_dist import artifact
+from iir_dist.config import build
 from iir_dist.errors import ConfigError, InputError, MismatchError
 from iir_dist.study.subset import SubsetConfig, chosen
 from iir_dist.vectors import F32, normalize
@@ -130,13 +131,13 @@ def test_a_classifier_learns_its_batch_norm(images: Path, encoder: Path) -> None
     assert torch.allclose(seen[0], seen[2])
     assert torch.allclose(first.running_mean, 0.1 * (seen[0] + seen[1]) / 2, atol=1e-6)
     assert first.weight.grad is not None
+    assert network.pool.p.grad is None  # averages are trained, as in pretraining
     assert task.loss.weight.grad is not None  # type: ignore[union-attr]
 
 
-@pytest.mark.ray
-def test_a_classifier_is_not_a_fine_tuning(images: Path, encoder: Path, tmp_path: Path) -> None:
-    from iir_dist.study.classify import ClassifyConfig, run
+def test_a_classifier_is_not_a_fine_tuning() -> None:
+    from iir_dist.study.classify import ClassifyConfig
 
-    config = ClassifyConfig.model_validate({**CLASSIFIER, "projection": 16})
-    with pytest.raises(ConfigError, match="no projection"):
-        run([str(images / "train")], str(encoder), str(tmp_path / "c"), config)
+    for more in ({"projection": 16}, {"validation": {"classes": 2}}, {"batches": {"name": "mined"}}):
+        with pytest.raises(ConfigError, match="a classifier has no projection, held-out classes or mined batches"):
+            build(ClassifyConfig, {**CLASSIFIER, **more}, "classify")
