@@ -10,6 +10,7 @@ for hit in client.search("photo.jpg", k=10, rerank="superglobal"):
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -41,7 +42,7 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(f"{url!r} is not the address of a server; expected such as http://127.0.0.1:8000")
         if parts.fragment.startswith("token="):
-            token = token or parts.fragment.removeprefix("token=")
+            token = token or urllib.parse.unquote(parts.fragment.removeprefix("token="))
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.timeout = timeout
@@ -70,13 +71,13 @@ class Client:
             given = {name: value for name, value in settings.items() if value is not None}
             text = {name: str(v).lower() if isinstance(v, bool) else v for name, v in given.items()}
             path = "/v1/search?" + urllib.parse.urlencode(text, doseq=True)
-            return dict(json.loads(self._ask(path, data, "application/octet-stream")))
+            return self._json(path, data, "application/octet-stream")
         body = {"id": query} if isinstance(query, int) else {"vector": [float(v) for v in query]}
-        return dict(json.loads(self._ask("/v1/search", json.dumps(body | settings).encode(), "application/json")))
+        return self._json("/v1/search", json.dumps(body | settings).encode(), "application/json")
 
     def index(self) -> dict[str, Any]:
         """What is searched: rows, splits, operating points, limits."""
-        return dict(json.loads(self._ask("/v1/index")))
+        return self._json("/v1/index")
 
     def image(self, image: int) -> bytes:
         """The stored file of an id. Raises `NotFoundError`."""
@@ -85,6 +86,12 @@ class Client:
     def save(self, image: int, path: str | Path) -> None:
         """Write the stored file of an id."""
         Path(path).write_bytes(self.image(image))
+
+    def _json(self, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._ask(path, body, kind)))
+        except (ValueError, TypeError):
+            raise UnreachableError(f"{self.url} answers, but not as `iir serve` does; is it running there?") from None
 
     def _ask(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
         headers = {**self._headers, **({"Content-Type": kind} if kind else {})}
@@ -95,8 +102,13 @@ class Client:
         except urllib.error.HTTPError as error:
             with error:
                 raise KINDS.get(error.code, InputError if error.code < 500 else IirError)(_said(error)) from None
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
+            if body and isinstance(why, BrokenPipeError | ConnectionResetError):  # it refuses before it has read all
+                raise UnreachableError(
+                    f"{self.url} closed the connection while {len(body) / 2**20:.1f} MB were sent to it: more than it takes "
+                    "(limits.upload_bytes of /v1/index), or it has ended"
+                ) from None
             raise UnreachableError(f"{self.url} does not answer ({why}); is `iir serve` running there?") from None
 
 

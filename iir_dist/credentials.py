@@ -13,11 +13,16 @@ from pathlib import Path
 
 FILE = "iir-environment.json"
 PREFIXES = ("AWS_", "IIR_")
+KEPT = "IIR_KEPT"
+"""Names of variables that a worker has from its driver. They go before those of the file, as `--set storage.endpoint=` does."""
 OF_THIS_MACHINE = {
-    "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "IIR_CACHE", "IIR_CACHE_GB",
+    "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_DEFAULT_PROFILE", "AWS_PROFILE",
+    "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "IIR_CACHE", "IIR_CACHE_GB", "IIR_SERVE_TOKEN", KEPT,
 }  # fmt: skip
-"""Variables that name files or disk of the machine that submits; on a node they would be wrong."""
+"""Variables that name files, disk or the role of the machine that submits: on a node they would be wrong, or take the place of
+its own role. And the token of the search service, which no job needs."""
 
 
 def found(environment: Mapping[str, str]) -> dict[str, str]:
@@ -38,10 +43,11 @@ def write(folder: Path, variables: Mapping[str, str]) -> None:
 
 def adopt() -> None:
     """Take the variables over; entry points do so, and Ray at the start of every worker process. They replace those of the
-    node; a session token that belongs to another key goes."""
+    node but not those of the driver (`KEPT`); a session token that belongs to another key goes."""
     path = Path(FILE)
     if path.is_file():
         variables = json.loads(path.read_text())
         if "AWS_ACCESS_KEY_ID" in variables:
             os.environ.pop("AWS_SESSION_TOKEN", None)
-        os.environ.update(variables)
+        kept = os.environ.get(KEPT, "").split(",")
+        os.environ.update({name: value for name, value in variables.items() if name not in kept})

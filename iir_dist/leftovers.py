@@ -29,11 +29,13 @@ def collect(uri: str | Path, *, remove: bool) -> tuple[list[str], list[str]]:
     for below in artifacts:
         folder = root.child(below) if below else root
         inside = [name.removeprefix(f"{below}/" if below else "") for name in names if _folder_of(name) == below]
-        left = [name for name in inside if _is_left_over(name, finished=MANIFEST in inside)]
-        if not left:
+        if not any(_is_left_over(name, finished=MANIFEST in inside) for name in inside):
             continue
         try:
             with lock(folder) if remove else contextlib.nullcontext():
+                # Again, now that nobody writes: --force may have begun it anew since it was listed.
+                finished = folder.exists(MANIFEST)
+                left = [name for name in inside if _is_left_over(name, finished=finished)]
                 found += [folder.address(name) for name in left]
                 if remove:
                     _delete(folder, left)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from iir_dist.credentials import KEPT
 from iir_dist.errors import IirError
 from iir_dist.storage.settings import forwarded
 
@@ -44,7 +45,8 @@ def connect() -> Any:
     if ray.is_initialized():
         return ray
     cache = {name: os.environ[name] for name in CACHE if name in os.environ}
-    variables = KEEP_FREED_MEMORY | forwarded() | cache
+    passed = forwarded() | cache
+    variables = KEEP_FREED_MEMORY | passed | {KEPT: ",".join(passed)}
     # Ray refuses a variable that the job sets already; the job's is the one that was asked for.
     environment = {"env_vars": {name: value for name, value in variables.items() if name not in _set_by_job()}}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}

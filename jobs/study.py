@@ -3,7 +3,7 @@
 The same options as `iir study`. `iir submit study ...` packs and submits; by hand, from the root of the project:
 
     ray job submit --working-dir . -- \\
-        python jobs/study.py --out s3://BUCKET/study
+        python jobs/study.py --config jobs/configs/study_cpu.toml --data s3://BUCKET/photos --out s3://BUCKET/study
 """
 
 import sys

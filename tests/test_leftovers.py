@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from iir_dist.artifact import begin, commit
+from iir_dist import leftovers
+from iir_dist.artifact import MANIFEST, begin, commit
 from iir_dist.cli import main
 from iir_dist.config import StageConfig
 from iir_dist.lock import lock
-from iir_dist.storage import open_folder
+from iir_dist.storage import Folder, open_folder
 
 
 class Config(StageConfig):
@@ -52,3 +55,19 @@ def test_finished_artifacts_lose_their_work_and_unfinished_ones_keep_it(root: st
     assert gc() == {name for name in left if name.startswith("deep")}
     assert {entry.name for entry in folder.list()} == kept
     assert gc() == set()
+
+
+def test_what_is_begun_anew_meanwhile_keeps_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact_at(str(tmp_path), finished=True)
+    folder = open_folder(tmp_path)
+    folder.write("_work/done/0.json", b"{}")
+
+    @contextlib.contextmanager
+    def late(folder: Folder) -> Iterator[None]:
+        folder.delete(MANIFEST)  # by another process, with --force, before the lock is had
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr(leftovers, "lock", late)
+    assert leftovers.collect(tmp_path, remove=True) == ([], [])
+    assert folder.exists("_work/done/0.json")

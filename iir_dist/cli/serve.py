@@ -29,7 +29,6 @@ def serve(
 ) -> None:  # fmt: skip
     """Search by photo: an HTTP API, and a page for people."""
     import contextlib
-    import ipaddress
     import secrets
     import signal
 
@@ -41,6 +40,7 @@ def serve(
         from iir_dist.serve import app, deploy
         from iir_dist.serve import local as one
         from iir_dist.serve.config import ServeConfig
+        from iir_dist.serve.limits import LOCAL, check_token
         from iir_dist.serve.service import Service
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("iir_dist"):
@@ -49,13 +49,9 @@ def serve(
     shared = [s.removeprefix("storage.") for s in settings if s.startswith("storage.")]
     load(StorageConfig, "storage", config_file, shared).to_environment()
     config = load(ServeConfig, "serve", config_file, [s for s in settings if not s.startswith("storage.")])
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if token is not None and len(token) < 16:
-        raise ConfigError(f"a token of {len(token)} characters; expected at least 16, or none, and one is made")
-    if token is None and not loopback:
+    if token is not None:
+        check_token(token)
+    elif host not in LOCAL:
         token = secrets.token_urlsafe(24)
     shown = f"[{host}]" if ":" in host else host
     if local:
@@ -65,6 +61,9 @@ def serve(
             with contextlib.suppress(KeyboardInterrupt):  # it has ended as it should
                 one.server(app.build(service, token), config.upload_sec).run(sockets=[sock])
         return
+    if port == 0:
+        with one.listen(host, 0) as sock:
+            port = sock.getsockname()[1]
     deploy.run(index, config, images, encoder, token, host, port)
     try:
         _announce(None, f"http://{shown}:{port}/", token)
@@ -77,10 +76,12 @@ serve.config = "iir_dist.serve.config:ServeConfig"  # type: ignore[attr-defined]
 
 
 def _announce(info: dict[str, Any] | None, address: str, token: str | None) -> None:
+    from urllib.parse import quote
+
     if info:
         photos = "" if info["photos"] == info["rows"] else f", {info['photos']:,} of them with photos"
         click.echo(f"{info['name']} {info['fingerprint'][:12]}: {info['rows']:,} rows{photos}")
-    click.echo(f"ready: {address}" + (f"#token={token}" if token else ""))
+    click.echo(f"ready: {address}" + (f"#token={quote(token, safe='')}" if token else ""))
     if token:
         click.echo("the address holds the token: who has it can search. It is not shown again.")
 

@@ -26,6 +26,8 @@ JSON_BYTES = 2 * 2**20
 """Of a request in JSON: a vector of 65,536 numbers fits."""
 PHOTOS_UNDER_WAY = 128
 """Stored photos that are read at a time, those that wait included."""
+PREVIEWS = 4
+"""Pictures that `/v1/preview` makes at a time; each holds an upload, and decodes it in full."""
 PAGE_TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml", ".webmanifest": "application/manifest+json",
@@ -83,6 +85,7 @@ def build(service: Service, token: str | None) -> FastAPI:
     config = service.config
     searches = Slots("request", config.concurrent, config.timeout_sec)
     photos = Slots("photo", PHOTOS_UNDER_WAY, config.timeout_sec)
+    previews = Slots("preview", PREVIEWS, config.timeout_sec)
     metrics = Metrics(
         lambda: searches.taken, lambda: service.waiting, lambda: service.live.current.rows, lambda: service.live.reloads
     )
@@ -93,6 +96,7 @@ def build(service: Service, token: str | None) -> FastAPI:
         yield
         searches.close()
         photos.close()
+        previews.close()
         service.close()
 
     app = FastAPI(
@@ -131,7 +135,7 @@ def build(service: Service, token: str | None) -> FastAPI:
     @app.post("/v1/preview", response_class=Response, openapi_extra={"requestBody": SEARCH_BODY})
     async def preview(request: Request) -> Response:
         """A JPEG of a photo that a browser cannot show, as the search sees it."""
-        with photos.take() as slot:
+        with previews.take() as slot:
             data = await read_body(request, int(config.upload_mb * 2**20), config.upload_sec)
             small = await slot.run(shrunk, data, PREVIEW, config.max_megapixels)
         return Response(

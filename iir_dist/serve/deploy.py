@@ -11,8 +11,9 @@ from typing import Any
 
 from iir_dist import session
 from iir_dist.config import build
-from iir_dist.errors import IirError
+from iir_dist.errors import ConfigError, IirError
 from iir_dist.serve.config import ServeConfig
+from iir_dist.serve.limits import check_token
 
 NAME = "iir"
 STARTING_SEC = 300
@@ -58,13 +59,18 @@ def application(args: Mapping[str, Any]) -> Any:
     """For Serve's own configs (KubeRay's RayService): the application that `import_path` names.
 
     Args:
-        args: `index`; `encoder` and `images` (a list) where wanted; other keys are those of `[serve]`. The token, which the
-            service needs as soon as others than this machine ask, is that of IIR_SERVE_TOKEN.
+        args: `index`; `encoder` and `images` (a list) where wanted; other keys are those of `[serve]`. The token is that of
+            IIR_SERVE_TOKEN; it has to be there, because the proxy listens for others, and a Host can be made up.
+
+    Raises:
+        ConfigError: a key or the token is wrong.
     """
     given = dict(args)
+    if not given.get("index"):
+        raise ConfigError("args of the application have no index; expected the folder or s3:// address of one")
     index, images, encoder = given.pop("index"), given.pop("images", ()), given.pop("encoder", None)
     config = build(ServeConfig, given, "serve")
-    return _bound(index, config, images, encoder, os.environ.get("IIR_SERVE_TOKEN"))
+    return _bound(index, config, images, encoder, check_token(os.environ.get("IIR_SERVE_TOKEN", "")))
 
 
 def _bound(index: str, config: ServeConfig, images: Sequence[str], encoder: str | None, token: str | None) -> Any:
@@ -111,7 +117,9 @@ def _wait(host: str, port: int) -> None:
 
 
 def stop() -> None:
-    """End the replicas and the proxy."""
+    """End the replicas, and the proxy where it has no other application to serve."""
     from ray import serve
 
-    serve.shutdown()
+    serve.delete(NAME)
+    if not serve.status().applications:
+        serve.shutdown()

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iir_dist.errors import (
@@ -35,6 +34,8 @@ COOKIE = "iir_token"
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 """Names of this machine. Without a token no other is answered to: a page elsewhere whose name is made to point here would
 otherwise read the photos."""
+TOKEN_LENGTH = 16
+"""Characters of a token, at least."""
 OPEN = ("/healthz", "/readyz")
 """Told to everybody."""
 HEADERS = (
@@ -46,6 +47,16 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"permissions-policy", b"geolocation=(), microphone=()"),
 )  # fmt: skip
+
+
+def check_token(token: str) -> str:
+    """The token, where it can be one; raises `ConfigError`. An empty one would let everybody in."""
+    if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or token != token.strip():
+        raise ConfigError(
+            f"a token of {len(token)} characters; expected at least {TOKEN_LENGTH}, of ASCII and no space at an end, as a "
+            "header carries them"
+        )
+    return token
 
 
 class Refusal(Exception):
@@ -138,8 +149,10 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body, read as it comes and not beyond `most` bytes or `seconds`.
 
     Raises:
-        Refusal: 413, or 408.
+        Refusal: 413, 408, or 400 where the client is gone.
     """
+    from starlette.requests import ClientDisconnect
+
     too_large = Refusal(413, "too_large", f"the body has more than {most} bytes", connection="close")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > most:
@@ -151,6 +164,8 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
                 body += chunk
                 if len(body) > most:
                     raise too_large
+    except ClientDisconnect:  # nobody is left to read it, but it is counted as what it is
+        raise Refusal(400, "disconnected", "the client left before the body had come") from None
     except TimeoutError:
         raise Refusal(408, "slow", f"the body did not come within {seconds:g} s", connection="close") from None
     return bytes(body)
@@ -206,12 +221,13 @@ class Guard:
         """Whether a request brings the token."""
         if self._token is None:
             return True
-        given = [headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ").strip()]
-        try:
-            cookies = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
-            given += [cookies[COOKIE].value] if COOKIE in cookies else []
-        except CookieError:
-            pass
+        from starlette.requests import cookie_parser
+
+        # Not `SimpleCookie`, which gives up where another program of this host has set a cookie that is none.
+        cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
+        given = [
+            headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ").strip(), cookies.get(COOKIE, "")
+        ]  # fmt: skip
         return any(secrets.compare_digest(value.encode(), self._token.encode()) for value in given)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:

@@ -64,11 +64,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.bind((host, port))
         sock.listen(BACKLOG)  # who comes before it serves waits
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a host that can be no name
         sock.close()
-        raise InputError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}); give another --port"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}:{port} cannot be listened on ({why}); give another --port") from error
     return sock
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from iir_dist import artifact
 from iir_dist.artifact import Manifest
 from iir_dist.data.images import MAX_MEGAPIXELS, SIGNATURES, decode
-from iir_dist.errors import NotFoundError
+from iir_dist.errors import CorruptError, NotFoundError
 from iir_dist.storage import Folder
 from iir_dist.vectors import I64
 
@@ -37,9 +37,12 @@ class Photos:
         sources: images artifacts; of several photos of a name the first counts.
         names: of the database rows (`engine.Index.names`).
         thumbnail_bytes: of small copies in memory.
+        threads: small copies that are made at a time, which bounds the memory of decoding.
     """
 
-    def __init__(self, sources: Sequence[tuple[Folder, Manifest]], names: pa.Table, thumbnail_bytes: int) -> None:
+    def __init__(
+        self, sources: Sequence[tuple[Folder, Manifest]], names: pa.Table, thumbnail_bytes: int, threads: int
+    ) -> None:
         self._shards: list[tuple[Folder, str, Manifest]] = []
         tables, starts, rows = [], [0], []
         for folder, manifest in sources:
@@ -68,7 +71,7 @@ class Photos:
         self._checked: set[int] = set()
         self._small: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._room, self._held = thumbnail_bytes, 0
-        self._lock = threading.Lock()
+        self._lock, self._checking, self._decoding = threading.Lock(), threading.Lock(), threading.Semaphore(threads)
 
     @property
     def count(self) -> int:
@@ -99,18 +102,23 @@ class Photos:
         at = int(np.searchsorted(self._starts, number, side="right")) - 1
         folder, shard, manifest = self._shards[at]
         if at not in self._checked:
-            artifact.check_file(folder, shard, manifest.files[shard])
-            self._checked.add(at)
+            with self._checking:  # a page asks for many at once, and one of them reads all of the shard
+                if at not in self._checked:
+                    artifact.check_file(folder, shard, manifest.files[shard])
+                    self._checked.add(at)
         row = int(self._rows[number])
-        with folder.open(shard) as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                length = parquet.metadata.row_group(group).num_rows
-                if row < length:
-                    data: bytes = parquet.read_row_group(group, ["bytes"], use_threads=False)["bytes"][row].as_py()
-                    return data
-                row -= length
-        raise NotFoundError(f"{folder.address(shard)} has no row {row}")
+        try:
+            with folder.open(shard) as file:
+                parquet = pq.ParquetFile(file)
+                for group in range(parquet.num_row_groups):
+                    length = parquet.metadata.row_group(group).num_rows
+                    if row < length:
+                        data: bytes = parquet.read_row_group(group, ["bytes"], use_threads=False)["bytes"][row].as_py()
+                        return data
+                    row -= length
+        except (NotFoundError, pa.ArrowException, OSError) as error:
+            raise CorruptError(f"{folder.address(shard)} was changed since it was checked: {error}") from error
+        raise CorruptError(f"{folder.address(shard)} was changed since it was checked: it has fewer rows")
 
     def small(self, row: int, side: int) -> bytes:
         """A JPEG of at most `side` px a side. Raises as `read`, and `ImageError`."""
@@ -119,7 +127,8 @@ class Photos:
             if key in self._small:
                 self._small.move_to_end(key)
                 return self._small[key]
-        made = shrunk(self.read(row), side)
+        with self._decoding:
+            made = shrunk(self.read(row), side)
         with self._lock:
             if key not in self._small:
                 self._small[key] = made

@@ -150,7 +150,7 @@ class Service:
         seconds: dict[str, float], start: float,
     ) -> Answer:  # fmt: skip
         method = settings.rerank and RERANKERS[settings.rerank](n=settings.depth)
-        depth = min(max(settings.k, settings.depth if method else 0), rows)
+        depth = max(1, min(max(settings.k, settings.depth if method else 0), rows))
 
         def search(queries: F32, k: int) -> tuple[F32, I64]:
             done = self._searching(Wanted(version, queries, k, point, mask))
@@ -171,7 +171,7 @@ class Service:
                 zip(found[0][kept][: settings.k].tolist(), scores[0][kept][: settings.k].tolist(), strict=True)
             )
         ]
-        measured = {} if mask is not None or version.stale else _recall(version, point)
+        measured = {} if mask is not None or method or version.stale else _recall(version, point)
         used = Used(
             nprobe=None if point.exact else point.nprobe, refine=None if point.exact else point.refine,
             exact=point.exact, rerank=settings.rerank, rows=rows, recall=measured,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from iir_dist import artifact
 from iir_dist.artifact import Manifest, read_manifest
-from iir_dist.errors import ConfigError, CorruptError, IirError, InputError, MismatchError, NotFoundError
+from iir_dist.errors import ConfigError, IirError, InputError, MismatchError, NotFoundError, UnreachableError
 from iir_dist.evaluate.lineage import ancestors
 from iir_dist.index.engine import Index, Shards
 from iir_dist.index.engine import Live as Counts
@@ -128,7 +128,7 @@ class Version:
             self.stale = stale(manifest)
             sources = [artifact.require(uri, "ingest") for uri in images]
             _check_origin(manifest, sources)
-            self.photos = Photos(sources, self.names, thumbnail_bytes)
+            self.photos = Photos(sources, self.names, thumbnail_bytes, threads)
             counts = pc.value_counts(self.names["split"].filter(self.alive)).to_pylist()
             self.splits = {str(c["values"]): int(c["counts"]) for c in counts if c["values"] is not None}
             failed.pop_all()
@@ -244,11 +244,16 @@ class Live:
         with self._loading:
             try:
                 manifest = read_manifest(self.folder)
-                if manifest is None or manifest == self.current.manifest or manifest.model_dump_json() == self._refused:
+                if manifest is None or manifest == self.current.manifest:
+                    self._refused = self.trouble = None
+                    return False
+                if manifest.model_dump_json() == self._refused:
                     return False
                 self._refused = manifest.model_dump_json()  # not tried again until it is another one
                 version = self._open()
             except IirError as error:
+                if isinstance(error, UnreachableError):  # of the store, not of the version
+                    self._refused = None
                 self.trouble = str(error)
                 log.warning("serve: the version of before goes on: %s", error)
                 return False
@@ -277,7 +282,5 @@ class Live:
         while not self._stop.wait(seconds):
             try:
                 self.refresh()
-            except CorruptError as error:
-                self.trouble = str(error)
             except Exception:  # the watcher must outlive whatever a file system comes up with
                 log.exception("serve: the index could not be looked at")

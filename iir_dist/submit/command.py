@@ -99,7 +99,16 @@ def _addresses(command: click.Command, given: dict[str, Any]) -> Iterator[str]:
         metavar = getattr(parameter, "metavar", None) or ""
         if value and _ADDRESSES.search(metavar):
             values = value if isinstance(value, tuple) else (value,)
-            yield from (v for v in values if not ("SOURCE" in metavar and _is_known_set(v)))
+            yield from (v for v in values if not _is_name(v, metavar))
+
+
+def _is_name(value: str, metavar: str) -> bool:
+    """Whether a value, where a file may be given, is something else: a known set, or the name of a row."""
+    from iir_dist.index.rows import LISTS
+
+    return ("SOURCE" in metavar and _is_known_set(value)) or (
+        metavar.startswith("NAME") and PurePosixPath(value).suffix not in LISTS
+    )
 
 
 def _is_known_set(name: str) -> bool:

@@ -96,16 +96,20 @@ class Jobs:
         """Pass on what a job prints until it ends; its exit code, 1 where it was stopped or never started."""
         seen, patience = 0, time.monotonic() + PATIENCE_SEC
         while True:
+            whole, job = False, None
             with contextlib.suppress(UnreachableError):  # a head that starts again, a proxy that closes old connections
                 for text in self._tail(submission_id, seen):
                     write(text)
                     seen += len(text)
                     patience = time.monotonic() + PATIENCE_SEC
+                whole = True
+            with contextlib.suppress(UnreachableError):  # a server that has forgotten the job refuses its log as well
                 job = self._still_known(submission_id)
-                if job.status.value in ENDED:
-                    break
-                patience = time.monotonic() + PATIENCE_SEC
-            if time.monotonic() > patience:
+                patience = time.monotonic() + PATIENCE_SEC if whole else patience
+            late = time.monotonic() > patience
+            if job is not None and job.status.value in ENDED and (whole or late):
+                break
+            if late:
                 raise UnreachableError(
                     f"{self.address} does not answer any more; the job may go on: iir jobs logs {submission_id}"
                 )

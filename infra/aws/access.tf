@@ -92,6 +92,79 @@ resource "aws_iam_instance_profile" "node_bucket" {
   role = aws_iam_role.node_bucket.name
 }
 
+# Its head besides starts and ends workers: machines that carry the cluster's name (cluster_name there, var.name here).
+data "aws_iam_policy_document" "launcher" {
+  #checkov:skip=CKV_AWS_356:these Describe actions cannot be limited to resources
+  statement {
+    actions   = ["ec2:DescribeInstances", "ec2:DescribeImages", "ec2:DescribeInstanceTypes"]
+    resources = ["*"]
+  }
+  statement {
+    actions   = ["ec2:RunInstances"]
+    resources = ["arn:aws:ec2:${var.region}:${data.aws_caller_identity.this.account_id}:instance/*"]
+    condition {
+      test     = "StringEquals"
+      variable = "aws:RequestTag/ray-cluster-name"
+      values   = [var.name]
+    }
+  }
+  statement { # what a machine is made of
+    actions = ["ec2:RunInstances"]
+    resources = concat(["arn:aws:ec2:${var.region}::image/*"], [
+      for part in ["volume", "network-interface", "subnet", "security-group", "key-pair", "spot-instances-request"] :
+      "arn:aws:ec2:${var.region}:${data.aws_caller_identity.this.account_id}:${part}/*"
+    ])
+  }
+  statement {
+    actions   = ["ec2:CreateTags"]
+    resources = ["arn:aws:ec2:${var.region}:${data.aws_caller_identity.this.account_id}:instance/*"]
+    condition {
+      test     = "StringEquals"
+      variable = "ec2:CreateAction"
+      values   = ["RunInstances"]
+    }
+  }
+  statement {
+    actions   = ["ec2:CreateTags", "ec2:TerminateInstances"]
+    resources = ["arn:aws:ec2:${var.region}:${data.aws_caller_identity.this.account_id}:instance/*"]
+    condition {
+      test     = "StringEquals"
+      variable = "aws:ResourceTag/ray-cluster-name"
+      values   = [var.name]
+    }
+  }
+  statement {
+    actions   = ["iam:PassRole"]
+    resources = [aws_iam_role.node_bucket.arn]
+    condition {
+      test     = "StringEquals"
+      variable = "iam:PassedToService"
+      values   = ["ec2.amazonaws.com"]
+    }
+  }
+}
+
+resource "aws_iam_role" "launcher" {
+  name               = "${var.name}-head"
+  assume_role_policy = data.aws_iam_policy_document.assume_service["ec2"].json
+}
+
+resource "aws_iam_role_policy" "launcher" {
+  name   = "launcher"
+  role   = aws_iam_role.launcher.id
+  policy = data.aws_iam_policy_document.launcher.json
+}
+
+resource "aws_iam_role_policy_attachment" "launcher_bucket" {
+  role       = aws_iam_role.launcher.name
+  policy_arn = aws_iam_policy.bucket.arn
+}
+
+resource "aws_iam_instance_profile" "launcher" {
+  name = "${var.name}-head"
+  role = aws_iam_role.launcher.name
+}
+
 # Kubernetes' own machines may join, have addresses and pull images.
 resource "aws_iam_role" "cluster" {
   name               = "${var.name}-cluster"

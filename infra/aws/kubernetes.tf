@@ -114,6 +114,8 @@ resource "aws_autoscaling_group_tag" "this" {
     for pool, group in aws_eks_node_group.this : {
       "${pool} owned" = [pool, "k8s.io/cluster-autoscaler/${var.name}", "owned"]
       "${pool} label" = [pool, "k8s.io/cluster-autoscaler/node-template/label/iir-dist/pool", pool]
+      # Pods ask for disk, and of a group's disk it knows nothing else.
+      "${pool} disk" = [pool, "k8s.io/cluster-autoscaler/node-template/resources/ephemeral-storage", "${floor(var.pools[pool].disk_gb * 0.9)}Gi"]
     }
   ]...)
   autoscaling_group_name = aws_eks_node_group.this[each.value[0]].resources[0].autoscaling_groups[0].name

@@ -7,9 +7,9 @@ output "role_arn" {
   value       = aws_iam_role.bucket.arn
 }
 
-output "instance_profile" {
-  description = "For cluster/aws.yaml."
-  value       = aws_iam_instance_profile.node_bucket.name
+output "instance_profiles" {
+  description = "Of head and workers in cluster/aws.yaml."
+  value       = [aws_iam_instance_profile.launcher.name, aws_iam_instance_profile.node_bucket.name]
 }
 
 output "kubeconfig" {

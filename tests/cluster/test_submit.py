@@ -46,7 +46,8 @@ def submit(server: JobServer, *line: str) -> Result:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_entry_points_are_the_commands(path: Path) -> None:
+def test_entry_points_are_the_commands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     text = path.read_text()
     assert len(text.splitlines()) <= 40
     assert "ray job submit" in text
@@ -54,8 +55,7 @@ def test_entry_points_are_the_commands(path: Path) -> None:
     assert path.stem in main.commands
     # The line in the docstring is one that `iir` takes.
     line = text.split(f"python jobs/{path.stem}.py ")[1].splitlines()[0]
-    if path.stem != "study":
-        assert parse(main, [path.stem, *shlex.split(line)]).script == f"jobs/{path.stem}.py"
+    assert parse(main, [path.stem, *shlex.split(line)]).script == f"jobs/{path.stem}.py"
 
 
 def test_an_entry_point_takes_what_the_command_takes(tmp_path: Path) -> None:
@@ -74,6 +74,7 @@ def test_an_entry_point_takes_what_the_command_takes(tmp_path: Path) -> None:
         (["embed", "file:///data/photos", "--encoder", "s3://b/e", "--out", "s3://b/v"], "path on this machine"),
         (["ingest", "s3://b/x", "--labels", "labels.csv", "--out", "s3://b/v"], "'labels.csv' is a path"),
         (["demo"], "'demo' is a path"),
+        (["index", "--out", "s3://b/i", "--delete", "gone.csv"], "'gone.csv' is a path"),
         (
             ["rerank", "qe", "s3://b/r", "--database", "i", "--queries", "s3://b/q", "--out", "s3://b/v"],
             "'i' is a path",
@@ -88,6 +89,7 @@ def test_paths_of_this_machine_are_refused(line: list[str], part: str) -> None:
 def test_known_sets_stores_and_shared_folders_are_taken() -> None:
     parse(main, ["ingest", "roxford5k", "https://example.org/a.tar", "--out", "s3://b/i"])
     parse(main, ["embed", "/mnt/nfs/i", "--encoder", "/mnt/nfs/e", "--out", "s3://b/v"], ["/mnt/nfs"])
+    parse(main, ["index", "--out", "s3://b/i", "--delete", "all_souls_000001.jpg", "--delete", "s3://b/list.csv"])
     with pytest.raises(InputError, match="/mnt/nfs2/i"):
         parse(main, ["embed", "/mnt/nfs2/i", "--encoder", "/mnt/nfs/e", "--out", "s3://b/v"], ["/mnt/nfs"])
 
@@ -220,6 +222,24 @@ def test_a_job_takes_them_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "AWS_SESSION_TOKEN" not in os.environ  # it belonged to the other key
 
 
+def test_what_the_driver_gives_its_workers_goes_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    credentials.write(tmp_path, {"AWS_ENDPOINT_URL": "http://localhost:8333", "AWS_DEFAULT_REGION": "here"})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:8333")  # --set storage.endpoint=
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "of the node")
+    monkeypatch.setenv(credentials.KEPT, "AWS_ENDPOINT_URL,IIR_CACHE")
+    credentials.adopt()
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://store:8333"
+    assert os.environ["AWS_DEFAULT_REGION"] == "here"
+
+
+def test_a_role_of_this_machine_and_other_tokens_stay_here() -> None:
+    names = ("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "IIR_SERVE_TOKEN")
+    assert credentials.found(dict.fromkeys((*names, "IIR_HANG_SEC", "HOME"), "x")) == {"IIR_HANG_SEC": "x"}
+
+
 def test_no_credentials_passes_nothing_on(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
     assert submit(server, "--no-credentials", *EMBED).exit_code == 0
@@ -324,13 +344,29 @@ def test_a_server_that_stays_away_is_given_up(server: JobServer, monkeypatch: py
         Jobs(server.url).follow(name, lambda _: None)
 
 
+def test_a_log_that_cannot_be_had_does_not_hide_the_exit_code(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(server, *EMBED)
+    (name,) = server.jobs
+    server.end(name, "FAILED", 3)
+
+    def tail(self: Jobs, submission_id: str, skip: int) -> Iterator[str]:
+        raise UnreachableError("its node is gone")
+
+    monkeypatch.setattr(Jobs, "_tail", tail)
+    monkeypatch.setattr(jobs_module, "PATIENCE_SEC", -1.0)
+    assert Jobs(server.url).follow(name, lambda _: None) == 3
+
+
 def test_a_head_that_forgot_says_so(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
     submit(server, *EMBED)
     (name,) = server.jobs
 
     def tail(self: Jobs, submission_id: str, skip: int) -> Iterator[str]:
-        server.jobs.clear()
         yield "line\n"
+        server.jobs.clear()
+        raise UnreachableError("404")  # it has no log of such a job
 
     monkeypatch.setattr(Jobs, "_tail", tail)
     with pytest.raises(IirError, match=f"has forgotten {name}.*submit it again"):

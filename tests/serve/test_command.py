@@ -40,6 +40,7 @@ def test_other_addresses_need_a_token(collection: served.Collection, monkeypatch
         ("127.0.0.1", 0),
         ("localhost", 0),
         ("::1", 0),
+        ("127.0.0.2", 1),
         ("0.0.0.0", 1),
         ("192.0.2.1", 1),
         ("a.example", 1),
@@ -49,11 +50,14 @@ def test_other_addresses_need_a_token(collection: served.Collection, monkeypatch
         found = re.findall(r"#token=(\S+)", run.stdout)
         assert len(found) == wanted, host
         tokens += found
-    assert len(set(tokens)) == len(tokens) == 3
+    assert len(set(tokens)) == len(tokens) == 4
     assert all(len(token) >= 32 for token in tokens)
-    run = CliRunner().invoke(main, arguments(collection, "--local", "--token", "short"))
-    assert run.exit_code == 1
-    assert "expected at least 16" in run.output
+    for token in ("short", "long enough, but a space ", "long-enough-but-\u00fc"):
+        run = CliRunner().invoke(main, arguments(collection, "--local", "--token", token))
+        assert run.exit_code == 1
+        assert "expected at least 16" in run.output
+    run = CliRunner().invoke(main, arguments(collection, "--local", "--token", "sixteen+letters/=&"))
+    assert "#token=sixteen%2Bletters%2F%3D%26\n" in run.stdout
 
 
 def test_it_serves_until_it_is_told_to_end(collection: served.Collection) -> None:
@@ -81,8 +85,9 @@ def test_what_cannot_be_served_is_one_sentence(collection: served.Collection, tm
     assert "has no manifest.json" in run.output
     run = CliRunner().invoke(main, arguments(collection, "--local", "--set", "replicas=[3,1]"))
     assert "expected a number from 1" in run.output
-    with pytest.raises(InputError):
-        local.listen("256.1.1.1", 0)
+    for host in ("256.1.1.1", "a..b"):
+        with pytest.raises(InputError, match="cannot be listened on"):
+            local.listen(host, 0)
 
 
 @pytest.mark.ray
@@ -127,3 +132,9 @@ def test_the_application_of_a_serve_config(monkeypatch: pytest.MonkeyPatch) -> N
     assert (index, images, encoder, token, config.replicas) == ("i", ["a", "b"], "e", "sixteen letters.", (1, 3))
     with pytest.raises(ConfigError, match=r"serve\.replica is not a known key"):
         deploy.application({"index": "i", "replica": 2})
+    with pytest.raises(ConfigError, match="have no index"):
+        deploy.application({"encoder": "e"})
+    for token in ("", "short"):  # an empty one would let everybody in
+        monkeypatch.setenv("IIR_SERVE_TOKEN", token)
+        with pytest.raises(ConfigError, match="expected at least 16"):
+            deploy.application({"index": "i"})

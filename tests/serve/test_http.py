@@ -265,6 +265,42 @@ def test_slow_clients_are_left(collection: served.Collection) -> None:
         assert http.search(first(collection)).status == 200
 
 
+def test_who_leaves_is_no_error_of_the_server(http: served.Http) -> None:
+    with socket.create_connection(("127.0.0.1", http.port), timeout=30) as sock:
+        sock.sendall(b"POST /v1/search HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nabc")
+    deadline = time.monotonic() + 30
+    while b'iir_serve_errors_total{type="disconnected"}' not in (text := http("GET", "/metrics").body):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert b'type="internal"' not in text
+
+
+def test_pictures_of_uploads_are_few_at_a_time(http: served.Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iir_dist.serve import app
+
+    gate, answers = threading.Event(), []
+    entered = threading.Semaphore(0)
+
+    def slow(*_: Any) -> bytes:
+        entered.release()
+        gate.wait()
+        return b""
+
+    monkeypatch.setattr(app, "shrunk", slow)
+    threads = [
+        threading.Thread(target=lambda: answers.append(http("POST", "/v1/preview", b"x").status))
+        for _ in range(app.PREVIEWS)
+    ]
+    for thread in threads:
+        thread.start()
+        assert entered.acquire(timeout=30)
+    assert http("POST", "/v1/preview", b"x").error == "busy"
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * app.PREVIEWS
+
+
 def test_more_than_it_can_do_is_429(collection: served.Collection) -> None:
     with served.serving(collection, concurrent=2) as (http, service):
         gate, answers = threading.Event(), []
@@ -336,10 +372,14 @@ def test_a_token(collection: served.Collection) -> None:
         assert "HttpOnly" in cookie
         assert "samesite=strict" in cookie.lower()
         assert http("GET", "/v1/images/1", cookie=cookie.partition(";")[0]).status == 200
+        other = '_x={"a": "b"}; '  # what another program of this host has set
+        assert http("GET", "/v1/images/1", cookie=other + cookie.partition(";")[0]).status == 200
         assert http("GET", "/v1/images/1", cookie="iir_token=wrong").status == 401
+        assert http("GET", "/v1/images/1", cookie="iir_token=").status == 401
         assert http("GET", "/v1/images/1", cookie='iir_token="; \x01').status in (400, 401)
         assert Client(http.url, token).index()["rows"] == 24
         assert Client(f"{http.url}/#token={token}").index()["rows"] == 24
+        assert Client(f"{http.url}/#token={token.replace('-', '%2D')}").index()["rows"] == 24
         with pytest.raises(InputError, match="a token is needed"):
             Client(http.url).index()
 
@@ -470,8 +510,11 @@ def test_the_client(collection: served.Collection, http: served.Http, tmp_path: 
     for url in ("photo.jpg", "ftp://x", "http://"):
         with pytest.raises(InputError, match="not the address"):
             Client(url)
-    with pytest.raises(UnreachableError, match="iir serve"):
-        Client("http://127.0.0.1:9").index()
+    with pytest.raises(IirError, match=r"more than 1048576 bytes|while 30\.0 MB were sent to it: more than it takes"):
+        client.search(bytes(30 * 2**20))
+    for url in ("http://127.0.0.1:9", "http://localhost:x"):
+        with pytest.raises(UnreachableError, match="iir serve"):
+            Client(url).index()
 
 
 def test_iir_query(collection: served.Collection, http: served.Http, tmp_path: Any) -> None:

@@ -15,7 +15,15 @@ import served
 
 from iir_dist import artifact
 from iir_dist.data.images import decode
-from iir_dist.errors import ConfigError, CorruptError, ImageError, InputError, MismatchError, NotFoundError
+from iir_dist.errors import (
+    ConfigError,
+    CorruptError,
+    ImageError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    UnreachableError,
+)
 from iir_dist.index import living
 from iir_dist.serve.batches import Batches
 from iir_dist.serve.config import ServeConfig
@@ -125,6 +133,8 @@ def test_operating_points(service: Service) -> None:
     assert (usual.nprobe, usual.refine) == (2, 2)
     with pytest.raises(ConfigError, match="nprobe = 5: the index has 4 lists"):
         service.by_reference(Reference(id=0, nprobe=5))
+    assert service.by_reference(Reference(id=0, recall=0.8, rerank="qe")).used.recall == {}  # of another order
+    assert service.by_reference(Reference(id=0, recall=0.8, prefix="landmark")).used.recall == {}
     info = service.info()
     assert [(p.nprobe, p.recall) for p in info.points] == [
         (1, {"database": 0.7}),
@@ -252,6 +262,35 @@ def test_a_version_that_cannot_be_opened_does_not_take_over(collection: served.C
     service.close()
 
 
+def test_what_does_not_last_is_forgotten(
+    collection: served.Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that is taken back is no trouble, and one that could not be fetched is tried again."""
+    index = copied(collection.index, tmp_path / "index")
+    service = opened(collection._replace(index=index))
+    before = (index / artifact.MANIFEST).read_bytes()
+    living.delete(str(index), ids=list(range(24)))
+
+    def unreachable() -> Any:
+        raise UnreachableError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.live, "_open", unreachable)
+        assert not service.live.refresh()
+    after = (index / artifact.MANIFEST).read_bytes()
+    assert service.info().trouble == "no answer"
+    (index / artifact.MANIFEST).write_bytes(before)
+    assert not service.live.refresh()
+    assert service.info().trouble is None
+    (index / artifact.MANIFEST).write_bytes(after)
+    assert service.live.refresh()
+    # Of nothing, nothing is found.
+    for exact in (False, True):
+        assert service.by_reference(Reference(vector=[1.0] * 96, exact=exact, rerank="qe")).hits == []
+    assert service.sample(3, 0) == []
+    service.close()
+
+
 # ------------------------------------------------------------------------------------------------ photos
 
 
@@ -275,7 +314,7 @@ def test_stored_photos_by_row(collection: served.Collection, service: Service) -
 
 def test_small_copies_are_bounded(collection: served.Collection, service: Service) -> None:
     version = service.live.current
-    photos = Photos([artifact.require(collection.images, "ingest")], version.names, thumbnail_bytes=20_000)
+    photos = Photos([artifact.require(collection.images, "ingest")], version.names, thumbnail_bytes=20_000, threads=1)
     first = photos.small(0, 160)
     for row in range(24):
         assert max(decode(photos.small(row, 160)).size) <= 160
@@ -292,10 +331,15 @@ def test_a_damaged_shard_of_photos_is_not_shown(
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
-    photos = Photos([artifact.require(images, "ingest")], service.live.current.names, 0)
+    photos = Photos([artifact.require(images, "ingest")], service.live.current.names, 0, 1)
     assert photos.read(0) == next(iter(collection.photos.values()))
     with pytest.raises(CorruptError, match="shard-00001"):
         photos.read(20)
+    # Nor one that is taken away, or becomes another, after it was checked.
+    for change in (lambda p: p.write_bytes(b"PAR1" + bytes(500)), lambda p: p.unlink()):
+        change(images / "shard-00000.parquet")
+        with pytest.raises(CorruptError, match="shard-00000"):
+            photos.read(0)
 
 
 def test_only_what_browsers_show_has_a_type() -> None:

@@ -20,7 +20,7 @@ async function ask(path, options = {}) {
   if (answer.ok) return answer;
   let said = {};
   try {
-    said = (await answer.json()).error;
+    said = (await answer.json()).error ?? {};
   } catch {
     // Something between us and the server has answered.
   }

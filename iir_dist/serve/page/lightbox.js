@@ -16,9 +16,10 @@ export class Lightbox {
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
     this.dialog.addEventListener("close", () => this.closed?.(this.number));
     this.dialog.addEventListener("keydown", (event) => {
+      if (event.altKey || event.ctrlKey || event.metaKey) return; // "back" of the browser is one of these
       if (event.key === "ArrowLeft") this.#go(-1);
       else if (event.key === "ArrowRight") this.#go(1);
-      else if (event.key.toLowerCase() === "s" && !event.ctrlKey && !event.metaKey) this.#search();
+      else if (event.key.toLowerCase() === "s") this.#search();
       else return;
       event.preventDefault();
     });

@@ -22,7 +22,7 @@ let answer = null;
 let running = null; // AbortController of the search under way
 let timer = 0;
 let seed = 0;
-let key = 0; // of the entries of the history
+let key = Date.now(); // of the entries of the history; those from before a reload have others
 const files = new Map(); // own photos by key, so that "back" finds them
 
 const stage = new PhotoStage((box, wait = 0) => {
@@ -47,9 +47,15 @@ function begin(next, box = null) {
   return run();
 }
 
+/** Let go of the photo of before. */
+function leave() {
+  if (query?.file) URL.revokeObjectURL(query.address);
+  query = null;
+}
+
 /** Show the photo that is searched with. */
 function take(next, box) {
-  if (query?.file) URL.revokeObjectURL(query.address);
+  leave();
   query = next;
   document.body.dataset.state = "asked";
   answer = null;
@@ -73,6 +79,8 @@ async function unshown(of) {
   try {
     const picture = await api.preview(of.file);
     if (query !== of) return;
+    URL.revokeObjectURL(of.address);
+    of.reduced = true; // its pixels are not those of the photo
     of.address = URL.createObjectURL(picture);
     stage.show(of.address, null);
   } catch {
@@ -98,7 +106,7 @@ const address = () => link.write({ id: query?.id ?? null, box: stage.box, settin
 
 /** In px of the upright photo, which the server counts in. */
 function pixels(box) {
-  const size = query.hit?.width ? [query.hit.width, query.hit.height] : query.size || stage.size;
+  const size = query.hit?.width ? [query.hit.width, query.hit.height] : query.size || (query.reduced ? null : stage.size);
   return box && size ? box.map((side, number) => Math.round(side * size[number % 2] * 10) / 10) : null;
 }
 
@@ -123,8 +131,9 @@ async function run() {
     if (mine.signal.aborted) return;
     answer = found;
     if (asked.file && found.query.width) asked.size = [found.query.width, found.query.height];
+    if (stage.box && !box && asked.size) return await run(); // only now is it known how many px that is
     shown(performance.now() - start);
-    if (info && found.index !== info.fingerprint) learn();
+    if (info && found.index !== info.fingerprint) learn().catch(() => {}); // the results are there; the next search asks again
   } catch (problem) {
     if (problem.name === "AbortError" || mine.signal.aborted) return;
     failed(problem);
@@ -214,7 +223,8 @@ async function learn() {
 
 async function begins() {
   document.body.dataset.state = "empty";
-  query = answer = null;
+  leave();
+  answer = null;
   running?.abort();
   results.busy(false);
   trouble(null);
@@ -225,8 +235,9 @@ async function begins() {
   at("summary").textContent = "";
   document.title = "Search by photo";
   results.bones();
-  const hits = await api.sample(SAMPLES, seed);
-  if (query) return;
+  const mine = seed;
+  const hits = await api.sample(SAMPLES, mine);
+  if (query || mine !== seed) return;
   at("others").hidden = hits.length < SAMPLES;
   results.show(hits, info.fingerprint, { scored: false, picked: (number) => begin({ id: hits[number].id, hit: hits[number] }) });
 }

@@ -32,7 +32,7 @@ export class PhotoStage {
 
   /** Width and height in px; null where the browser does not know them (yet). */
   get size() {
-    return this.image.naturalWidth ? [this.image.naturalWidth, this.image.naturalHeight] : null;
+    return this.image.complete && this.image.naturalWidth ? [this.image.naturalWidth, this.image.naturalHeight] : null;
   }
 
   set(box) {
