@@ -62,7 +62,9 @@ def parse(main: click.Group, line: Sequence[str], shared: Sequence[str] = ()) ->
         InputError: a folder is one of this machine.
     """
     words, command, arguments = _command(main, list(line))
-    context = command.make_context("iir " + " ".join(words), list(arguments))
+    # A command remembers the names of its help option from the first context that it sees.
+    parent = click.Context(main, info_name="iir", **main.context_settings)
+    context = command.make_context(" ".join(words), list(arguments), parent=parent)
     given = dict(context.params)
     for address in _addresses(command, given):
         _check_address(address, shared)
