@@ -208,6 +208,7 @@ def test_the_driver_is_killed_at_any_moment(
     check(out, undisturbed, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", TWENTY)
 def test_a_worker_is_killed_at_any_moment(
     photos: Path, network: Path, undisturbed: Manifest, tmp_path: Path, seed: int
