@@ -21,16 +21,16 @@ def collect(uri: str | Path, *, remove: bool) -> tuple[list[str], list[str]]:
         Addresses of the files, and of the artifacts that were passed over because a process is writing them.
     """
     root = open_folder(uri)
-    names = [entry.name for entry in root.list()]
-    artifacts = sorted(
-        {_folder_of(name) for name in names if name.rpartition("/")[2] == MANIFEST or WORK in f"/{name}"}
-    )
+    folders: dict[str, list[str]] = {}
+    for entry in root.list():
+        below = _folder_of(entry.name)
+        folders.setdefault(below, []).append(entry.name.removeprefix(f"{below}/" if below else ""))
     found, busy = [], []
-    for below in artifacts:
-        folder = root.child(below) if below else root
-        inside = [name.removeprefix(f"{below}/" if below else "") for name in names if _folder_of(name) == below]
-        if not any(_is_left_over(name, finished=MANIFEST in inside) for name in inside):
+    for below, inside in sorted(folders.items()):
+        is_artifact = MANIFEST in inside or any(name.startswith(WORK) for name in inside)
+        if not (is_artifact and any(_is_left_over(name, finished=MANIFEST in inside) for name in inside)):
             continue
+        folder = root.child(below) if below else root
         try:
             with lock(folder) if remove else contextlib.nullcontext():
                 # Again, now that nobody writes: --force may have begun it anew since it was listed.

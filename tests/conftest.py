@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chromium import launched
 from hypothesis import settings
 from store import seaweed, weed
 
@@ -53,6 +55,13 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
     ray = session.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, started once for a file of tests."""
+    with launched() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

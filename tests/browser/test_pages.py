@@ -1,21 +1,18 @@
 """The pages in a browser: nothing missing, nothing cut off, usable by keyboard, readable in the dark and on paper.
 
-    apt-get install chromium && npm install --prefix tests/browser
-    python -m pytest -m browser [--basetemp DIR]          # the screenshots are in DIR
+    python -m pytest -m browser [--basetemp DIR]          # the screenshots are in DIR; tests/chromium.py says what it needs
 
-axe-core may lie elsewhere: AXE_CORE names the folder that holds axe.min.js. Nothing is loaded from the network.
+Nothing is loaded from the network.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pages
 import pytest
+from chromium import PATIENCE_MS, assert_accessible, load_axe
 
 from iir_dist import report
 from iir_dist.report import ReportConfig
@@ -23,22 +20,8 @@ from iir_dist.report import distractors as curve
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = Path(os.environ.get("AXE_CORE") or Path(__file__).parent / "node_modules" / "axe-core") / "axe.min.js"
 WIDTHS = {"phone": 390, "desktop": 1280}
 PAGES = ("report", "bench")
-PATIENCE_MS = 120_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +85,11 @@ def test_nothing_is_missing_or_cut_off(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_nothing(browser: Any, made: dict[str, Path], name: str, scheme: str) -> None:
-    if not AXE.is_file():
-        pytest.skip(f"axe-core is not at {AXE} (npm install --prefix tests/browser, or AXE_CORE)")
     for width in WIDTHS.values():
         page, wrong = opened(browser, made[name], viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-        page.add_script_tag(path=AXE)
-        found = page.evaluate("axe.run()")
-        assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found["violations"]] == []
-        assert len(found["passes"]) > 10
+        load_axe(page)
+        assert_accessible(page, name)
         assert wrong == []
         page.close()
 

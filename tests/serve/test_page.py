@@ -1,44 +1,25 @@
 """The page in a browser: found by upload, box, link and keyboard; on a phone, in the dark, without a mouse, and in trouble.
 
-apt-get install chromium && npm install --prefix tests/browser
-python -m pytest -m browser tests/serve [--basetemp DIR]          # the screenshots are in DIR
+python -m pytest -m browser tests/serve [--basetemp DIR]          # the screenshots are in DIR; see tests/chromium.py
 """
 
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import served
+from chromium import PATIENCE_MS, assert_accessible, load_axe
 from PIL import Image
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-BROWSER_TESTS = Path(__file__).parents[1] / "browser"
-AXE = Path(os.environ.get("AXE_CORE") or BROWSER_TESTS / "node_modules" / "axe-core") / "axe.min.js"
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
-PATIENCE_MS = 120_000
 EXPECTED = "the server responded with a status of"
 """What the browser itself says of answers that are not 2xx."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, started once."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS)
-        yield started
-        started.close()
 
 
 class Page:
@@ -346,17 +327,13 @@ def test_photos_that_a_browser_cannot_show(browser: Any, http: served.Http, phot
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_axe_finds_nothing(browser: Any, http: served.Http, photo: tuple[str, bytes], width: str, scheme: str) -> None:
-    if not AXE.is_file():
-        pytest.skip(f"axe-core is not at {AXE} (npm install --prefix tests/browser, or AXE_CORE)")
     p = Page(browser, http.url, width=width, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
     p.page.wait_for_selector(".hit")
-    p.page.add_script_tag(path=AXE)
+    load_axe(p.page)
 
     def check(where: str) -> None:
         p.page.wait_for_load_state("networkidle")
-        result = p.page.evaluate("axe.run()")
-        assert [(where, v["id"], v["nodes"][0]["html"][:200]) for v in result["violations"]] == []
-        assert len(result["passes"]) > 10
+        assert_accessible(p.page, where)
 
     check("empty")
     p.upload(photo[1])
